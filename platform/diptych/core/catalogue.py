@@ -1,0 +1,86 @@
+"""The catalogue of methods: one literal table, and the only thing the command line must import to know them all."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from diptych.core.config import Config
+from diptych.core.errors import ConfigError, nearest
+
+
+class Row(NamedTuple):
+    """A method: its name, the phase it serves, where its `Config` is, the plug-in point, the paper, and one line."""
+
+    name: str
+    phase: str
+    config: str
+    point: str
+    paper: str
+    line: str
+
+
+# fmt: off
+TABLE: tuple[Row, ...] = (
+    # ingest
+    Row("emoji", "ingest", "diptych.pairs.sources.emoji:Config", "Source", "Noto, Fluent, Twemoji, OpenMoji", "the shipped emoji: four makers' drawings of 1,911 things"),
+    Row("webdataset", "ingest", "diptych.pairs.sources.webdataset:Config", "Source", "WebDataset", "tar shards, indexed in place"),
+    Row("parquet", "ingest", "diptych.pairs.sources.parquet:Config", "Source", "Apache Parquet", "Parquet files that hold the image bytes"),
+    Row("folder", "ingest", "diptych.pairs.sources.folder:Config", "Source", "", "a folder of images with a CSV, TSV or JSONL table"),
+    Row("hf", "ingest", "diptych.pairs.sources.hf:Config", "Source", "🤗 Datasets", "a data set saved to disk by 🤗 Datasets"),
+    Row("digits", "ingest", "diptych.pairs.sources.digits:Config", "Source", "UCI optical digits", "real 8x8 handwritten digits with captions, the claims' pool"),
+    # curate
+    Row("metaclip", "curate", "diptych.curate.metaclip:Config", "PairMethod", "Demystifying CLIP Data (ICLR 2024)", "keep texts that match a concept list, cap the head concepts"),
+    # prune
+    Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
+    Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
+    Row("random-subset", "prune", "diptych.prune.random_subset:Config", "PairMethod", "", "keep a share or a number of pairs, drawn by key: the baseline of pruning"),
+    # caption
+    Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
+    # train
+    Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
+    Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
+    Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
+    # compress
+    Row("magnitude", "compress", "diptych.compress.magnitude:Config", "Compressor", "Learning both Weights and Connections (NeurIPS 2015)", "zero the smallest weights: the baseline of pruning"),
+    # evaluate
+    Row("zero-shot", "evaluate", "diptych.evaluate.zero_shot:Config", "Benchmark", "CLIP (2021)", "classify by class names in prompt templates"),
+    Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
+)
+# fmt: on
+
+
+@cache
+def rows() -> dict[str, Row]:
+    """All methods by name: the table above, then what other packages add through the entry-point group `diptych.methods`.
+
+    An entry point names a function or value that gives `Row`s. A name that is taken is refused.
+    """
+    found = {row.name: row for row in TABLE}
+    for point in entry_points(group="diptych.methods"):
+        value = point.load()
+        for row in value() if callable(value) else value:
+            if row.name in found:
+                raise ConfigError.at("Two methods have one name", f"entry point {point.name}", row.name, "a name that is not taken")
+            found[row.name] = row
+    return found
+
+
+def find(name: str, phase: str | None = None, where: str = "method") -> Row:
+    """The row of a method; `phase` restricts it. Raises ConfigError with the nearest name."""
+    known = {key: row for key, row in rows().items() if phase in (None, row.phase)}
+    if name in known:
+        return known[name]
+    other = rows().get(name)
+    fix = f"{name!r} belongs to the phase {other.phase!r}" if other else nearest(name, known)
+    raise ConfigError.at("Unknown method", where, name, f"one of {', '.join(sorted(known))}", fix)
+
+
+def config_class(row: Row) -> type[Config]:
+    """Imports the method's file and gives its `Config`."""
+    module, _, attribute = row.config.partition(":")
+    loaded: Any = getattr(importlib.import_module(module), attribute)
+    assert issubclass(loaded, Config), f"{row.config} is not a Config"
+    return loaded
