@@ -1,0 +1,119 @@
+"""Image features for pair methods: from plain pixels, from a model that the run trained, or from any open_clip model.
+
+Shape legend: N pairs, D feature width, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from diptych.core import digest
+from diptych.core.config import Config
+from diptych.core.errors import DataError, DiptychError
+
+if TYPE_CHECKING:
+    from diptych.models.clip import DualEncoder
+    from diptych.pairs.shards import ShardReader
+
+PIXEL_SIDE = 16
+ENCODE_BATCH = 128
+
+
+class FeatureSpec(Config):
+    """Which features: `pixels`, or a model by name or directory.
+
+    `weights` is the digest of the model's files (empty for `pixels` and for names), `cache` a folder where features
+    are kept between runs (none when empty).
+    """
+
+    name: str
+    weights: str = ""
+    seed: int = 0
+    cache: str = ""
+
+
+def compute(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDArray[np.float32]:
+    """L2-normalised features `[N, D]` of a table's pictures, from the cache when they are there.
+
+    Raises DataError naming the pair whose picture cannot be decoded.
+    """
+    stored = _cached(spec, frame)
+    if stored is not None and stored.exists():
+        values: NDArray[np.float32] = np.load(stored, mmap_mode="r", allow_pickle=False)
+        if len(values) == frame.height:
+            return np.asarray(values)
+    values = _pixels(frame, reader) if spec.name == "pixels" else _encoded(spec, frame, reader)
+    if stored is not None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_suffix(".partial.npy")
+        np.save(partial, values)
+        partial.replace(stored)
+    return values
+
+
+def _cached(spec: FeatureSpec, frame: pl.DataFrame) -> Path | None:
+    if not spec.cache:
+        return None
+    images = frame.select("key", "image").hash_rows(seed=1, seed_1=2, seed_2=3, seed_3=4).to_numpy()
+    identity = digest.of_plain([spec.name, spec.weights, spec.seed, digest.of_bytes(images.tobytes()), frame["key"].to_list()[:1]])
+    return Path(spec.cache) / f"{identity.removeprefix('sha256:')}.npy"
+
+
+def pictures(frame: pl.DataFrame, reader: ShardReader, size: int, batch: int = ENCODE_BATCH) -> Iterator[NDArray[np.uint8]]:
+    """Evaluation pictures `[n, 3, size, size]` uint8 in batches, in the frame's order."""
+    from diptych.pairs.decode import decode_eval
+
+    for start in range(0, frame.height, batch):
+        rows = frame.slice(start, batch)
+        decoded = np.empty((rows.height, 3, size, size), dtype=np.uint8)
+        for position, (key, image) in enumerate(zip(rows["key"], rows["image"], strict=True)):
+            try:
+                picture = decode_eval(reader.read(image["shard"], image["offset"], image["size"]), size)
+            except DiptychError as error:
+                raise DataError.at("A picture cannot be decoded", f"{image['shard']} at {image['offset']}", key, "an image", str(error)) from error
+            decoded[position] = np.moveaxis(picture, -1, 0)
+        yield decoded
+
+
+def _pixels(frame: pl.DataFrame, reader: ShardReader) -> NDArray[np.float32]:
+    """Centred, unit-norm pixels of the picture at 16 x 16, RGB: D = 768."""
+    values = np.empty((frame.height, 3 * PIXEL_SIDE * PIXEL_SIDE), dtype=np.float32)
+    start = 0
+    for image_NCHW in pictures(frame, reader, PIXEL_SIDE):
+        flat = image_NCHW.reshape(len(image_NCHW), -1).astype(np.float32)
+        flat -= flat.mean(axis=1, keepdims=True)
+        norm = np.linalg.norm(flat, axis=1, keepdims=True)
+        values[start : start + len(flat)] = flat / np.maximum(norm, 1e-6)
+        start += len(flat)
+    return values
+
+
+@lru_cache(maxsize=2)
+def model(name: str, weights: str, seed: int) -> DualEncoder:
+    """The dual encoder of a spec, kept by the worker process for its next tables. `weights` keeps stale ones apart."""
+    from diptych.models import clip
+
+    del weights
+    encoder = clip.create(name, seed)
+    return encoder.eval()
+
+
+def _encoded(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDArray[np.float32]:
+    import torch
+
+    encoder = model(spec.name, spec.weights, spec.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder.to(device)
+    parts = []
+    with torch.inference_mode():
+        for image_NCHW in pictures(frame, reader, encoder.image_size):
+            parts.append(encoder.encode_image(torch.from_numpy(image_NCHW).to(device)).float().cpu().numpy())
+    width = parts[0].shape[1] if parts else 1
+    return np.concatenate(parts) if parts else np.zeros((0, width), dtype=np.float32)

@@ -1,0 +1,375 @@
+"""Passes over pairs: runs a phase's methods shard by shard, on Ray Data or in process, with bounded memory.
+
+A phase is a chain of methods. Each method runs as: its folds (map a table, merge in table order), then its verdict on
+every table; a method that groups first has its rows routed to buckets of whole groups and back. Every finished
+piece is a file under a done name, so that a restart repeats only what was in flight.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from diptych.core import digest
+from diptych.core.config import Config
+from diptych.core.errors import DataError
+from diptych.core.points import Fold, PairMethod
+from diptych.engine import features
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.pairs.dataset import PairDataset
+from diptych.pairs.manifest import PhaseRecord
+from diptych.pairs.shards import ShardReader
+from diptych.pairs.write import DatasetWriter
+
+BUCKET_BYTES = 96 * 2**20
+FEATURE = "_feature."
+
+
+@dataclass(frozen=True)
+class Place:
+    """What every task of a pass needs: where tables lie, how to reach pictures, whose parameters apply."""
+
+    phase: str
+    method: str
+    config: Config
+    seed: int
+    scratch: Path
+    reader: ShardReader
+    feature: features.FeatureSpec | None
+
+    @property
+    def column(self) -> str:
+        """The scratch column that carries this method's features."""
+        return FEATURE + (self.feature.name if self.feature else "")
+
+    def build(self) -> PairMethod:
+        """The method itself, built in the process that runs it."""
+        method: PairMethod = self.config.build(self.seed)  # type: ignore[attr-defined]
+        return method
+
+
+def run(
+    source: PairDataset,
+    configs: Sequence[Config],
+    phase: str,
+    out: Path,
+    *,
+    seed: int,
+    session: Session,
+    scratch: Path,
+    code: str,
+    version: str,
+    progress: Progress,
+    feature_specs: Mapping[str, features.FeatureSpec],
+) -> PairDataset:
+    """Runs a curate, prune or caption phase and writes its pair dataset to `out`.
+
+    Only pairs of the split `train` are shown to methods: what a model is measured on is never curated.
+    `scratch` holds finished pieces between restarts and is removed at the end. An empty phase copies no table: it
+    links the tables of `source`. Raises what the methods raise, and DataError when a method loses or invents a row.
+    """
+    work = scratch / digest.short(digest.of_plain([source.digest, phase, seed, code, [config.plain() for config in configs]]))
+    work.mkdir(parents=True, exist_ok=True)
+    tables = list(session.map(_TrainRows(work), list(enumerate(source.tables())))) if configs else source.tables()
+    reports: dict[str, Any] = {}
+    for position, config in enumerate(configs):
+        name = str(config.plain().get("method", phase))
+        spec = feature_specs.get(str(getattr(config, "features", "")))
+        place = Place(phase, name, config, seed, work / f"{position}-{name}", source.reader(), spec)
+        stage = Stage(place, tables, session, progress, (position, len(configs)))
+        tables, reports[f"{position}-{name}"] = stage.run()
+    record = PhaseRecord(
+        phase=phase, methods=tuple(config.plain() for config in configs), seed=seed, code=code, version=version, report=reports
+    )
+    dataset = _assemble(source, tables, work, len(configs), record, out)
+    shutil.rmtree(work)
+    return dataset
+
+
+def _assemble(source: PairDataset, tables: Sequence[Path], work: Path, methods: int, record: PhaseRecord, out: Path) -> PairDataset:
+    rejects = sorted(work.glob("*/left-*.parquet"), key=lambda path: (path.name, path.parent.name)) if methods else []
+    by_table: dict[str, list[Path]] = {}
+    for path in rejects:
+        by_table.setdefault(path.stem.removeprefix("left-"), []).append(path)
+    with DatasetWriter(out, record, [source.digest], source.manifest.shards, pairs_in=len(source), shards_root=source.root) as writer:
+        for index, table in enumerate(tables):
+            frame = _with_held_out(pl.read_parquet(table), source.tables()[index]) if methods else pl.read_parquet(table)
+            kept = frame.drop([name for name in frame.columns if name.startswith(("_", FEATURE))])
+            left = [pl.read_parquet(path) for path in by_table.get(f"{index:05d}", [])]
+            writer.add(kept, pl.concat(left) if left else None)
+        return writer.finish()
+
+
+def _with_held_out(train: pl.DataFrame, table: Path) -> pl.DataFrame:
+    """The table's train rows as the methods left them, and its other rows as they came."""
+    held_out = pl.read_parquet(table).filter(pl.col("split") != "train")
+    return pl.concat([train, held_out], how="diagonal") if held_out.height else train
+
+
+@dataclass(frozen=True)
+class _TrainRows:
+    """A table's pairs of the split `train`; the table itself when it has no others."""
+
+    work: Path
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        splits = pl.scan_parquet(table).select(pl.col("split").eq("train").all()).collect().item()
+        if splits:
+            return table
+        return _write(pl.read_parquet(table).filter(pl.col("split") == "train"), self.work / f"train-{index:05d}.parquet")
+
+
+@dataclass
+class Stage:
+    """One method of a phase over all tables."""
+
+    place: Place
+    tables: Sequence[Path]
+    session: Session
+    progress: Progress
+    position: tuple[int, int]
+
+    def run(self) -> tuple[list[Path], dict[str, Any]]:
+        """The tables after the method, and its report."""
+        place, scratch = self.place, self.place.scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        method = place.build()
+        if "features" in method.needs:
+            self.tables = self._each(_WithFeatures(place), self.tables, "features")
+        state: Any = None
+        for number, fold in enumerate(method.folds()):
+            state = self._fold(number, fold, state)
+        first = pl.read_parquet(self.tables[0]) if self.tables else None
+        grouped = first is not None and method.group(_batch(place, first.head(1), method), state) is not None
+        if grouped:
+            tables = self._grouped(state)
+        else:
+            tables = self._each(_Apply(place, state), self.tables, "deciding")
+        return tables, dict(method.report(state))
+
+    def _each(self, task: Callable[[tuple[int, Path]], Path], tables: Sequence[Path], what: str) -> list[Path]:
+        results = []
+        for path in self.session.map(task, list(enumerate(tables))):
+            results.append(path)
+            self._tick(len(results), len(tables), what)
+        return results
+
+    def _tick(self, done: int, total: int, what: str) -> None:
+        index, count = self.position
+        self.progress.update(index + done / max(total, 1), count, f"{self.place.method}: {what}, table {done} of {total}")
+
+    def _fold(self, number: int, fold: Fold, state: Any) -> Any:
+        merged: Any = None
+        items = list(enumerate(self.tables))
+        for done, part in enumerate(self.session.map(_FoldTask(self.place, number, state), items), start=1):
+            merged = part if merged is None else fold.merge(merged, part)
+            self._tick(done, len(items), f"fold {number + 1}")
+        return fold.finish(merged, state) if items else state
+
+    def _grouped(self, state: Any) -> list[Path]:
+        size_bytes = sum(_memory_bytes(path) for path in self.tables)
+        buckets = max(1, -(-size_bytes // BUCKET_BYTES))
+        self._each(_Route(self.place, state, buckets), self.tables, "routing")
+        list(self.session.map(_Decide(self.place, state, len(self.tables)), range(buckets)))
+        return self._each(_Return(self.place, buckets), self.tables, "deciding")
+
+
+def _memory_bytes(path: Path) -> int:
+    schema = pl.read_parquet_schema(path)
+    rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+    width = sum(4 * kind.shape[0] for kind in schema.values() if isinstance(kind, pl.Array))
+    return int(rows) * (width + 200)
+
+
+def _batch(place: Place, frame: pl.DataFrame, method: PairMethod) -> pl.DataFrame:
+    """The frame as the method sees it: `feature` and `pixels` added when needed, other scratch columns hidden."""
+    batch = frame.drop([name for name in frame.columns if name.startswith(FEATURE) and name != place.column])
+    if "features" in method.needs:
+        batch = batch.rename({place.column: "feature"})
+    if "pixels" in method.needs:
+        batch = batch.with_columns(pl.Series("pixels", place.reader.read_column(frame["image"]), dtype=pl.Binary))
+    return batch
+
+
+def _restore(place: Place, before: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
+    """The kept rows with their scratch columns back, in the order they came in."""
+    kept = kept.drop([name for name in ("feature", "pixels", "group") if name in kept.columns])
+    hidden = [name for name in before.columns if name.startswith(FEATURE)]
+    order = before.select("key", *hidden).with_row_index("_order")
+    return order.join(kept, on="key", how="inner").sort("_order").select(*[c for c in kept.columns], *hidden)
+
+
+def _check(place: Place, before: pl.DataFrame, kept: pl.DataFrame, rejected: pl.DataFrame) -> None:
+    if kept.height + rejected.height == before.height and pl.concat([kept["key"], rejected["key"]]).n_unique() == before.height:
+        return
+    raise DataError.at(
+        "A method lost or invented pairs", f"{place.phase}: {place.method}", f"{before.height} in, {kept.height} kept, {rejected.height} left",
+        "every pair in exactly one of the two", "this is a fault of the method; please report it",
+    )  # fmt: skip
+
+
+def _left(place: Place, before: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
+    """Rejects with their picture and captions, so that the contact sheet can show them."""
+    return (
+        rejected.select("key", pl.col("reason").cast(pl.String), pl.col("score").cast(pl.Float32))
+        .join(before.select("key", "image", "captions"), on="key", how="left", maintain_order="left")
+        .with_columns(phase=pl.lit(place.phase), method=pl.lit(place.method))
+        .select("key", "phase", "method", "reason", "score", "image", "captions")
+    )
+
+
+def _write(frame: pl.DataFrame, path: Path) -> Path:
+    partial = path.with_suffix(".partial")
+    frame.write_parquet(partial, compression="zstd", statistics=False)
+    partial.replace(path)
+    return path
+
+
+@dataclass(frozen=True)
+class _WithFeatures:
+    """Adds the method's feature column to a table."""
+
+    place: Place
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        frame = pl.read_parquet(table)
+        if self.place.column in frame.columns:
+            return table
+        path = self.place.scratch / f"features-{index:05d}.parquet"
+        if not path.exists():
+            assert self.place.feature is not None, f"{self.place.method} needs features but names none"
+            values = features.compute(self.place.feature, frame, self.place.reader)
+            column = pl.Series(self.place.column, values, dtype=pl.Array(pl.Float32, values.shape[1]))
+            _write(frame.with_columns(column), path)
+        return path
+
+
+@dataclass(frozen=True)
+class _FoldTask:
+    """Maps one table to its partial result; arrays are kept on disk for a restart."""
+
+    place: Place
+    number: int
+    state: Any
+
+    def __call__(self, item: tuple[int, Path]) -> Any:
+        index, table = item
+        path = self.place.scratch / f"fold{self.number}-{index:05d}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as stored:
+                return stored["partial"]
+        method = self.place.build()
+        part = method.folds()[self.number].map(_batch(self.place, pl.read_parquet(table), method), self.state)
+        if isinstance(part, np.ndarray) and part.dtype != object:
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, partial=part)
+            partial.replace(path)
+        return part
+
+
+@dataclass(frozen=True)
+class _Apply:
+    """The verdict on one table."""
+
+    place: Place
+    state: Any
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        path = self.place.scratch / f"kept-{index:05d}.parquet"
+        if path.exists():
+            return path
+        frame = pl.read_parquet(table)
+        method = self.place.build()
+        verdict = method.apply(_batch(self.place, frame, method), self.state)
+        _check(self.place, frame, verdict.kept, verdict.rejected)
+        if verdict.rejected.height:
+            _write(_left(self.place, frame, verdict.rejected), self.place.scratch / f"left-{index:05d}.parquet")
+        return _write(_restore(self.place, frame, verdict.kept), path)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Sends a table's rows to the buckets of their groups; a group lies whole in one bucket."""
+
+    place: Place
+    state: Any
+    buckets: int
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        done = self.place.scratch / f"route-{index:05d}.done"
+        if done.exists():
+            return done
+        frame = pl.read_parquet(table)
+        method = self.place.build()
+        group = method.group(_batch(self.place, frame, method), self.state)
+        assert group is not None
+        frame = frame.with_columns(group=pl.Series(group, dtype=pl.Int64), _table=pl.lit(index, pl.Int32))
+        for bucket, rows in frame.with_columns(_bucket=pl.col("group") % self.buckets).partition_by("_bucket", as_dict=True).items():
+            _write(rows.drop("_bucket"), self.place.scratch / f"route-{int(bucket[0]):05d}-{index:05d}.parquet")
+        done.touch()
+        return done
+
+
+@dataclass(frozen=True)
+class _Decide:
+    """The verdict on a bucket of whole groups, handed back by table."""
+
+    place: Place
+    state: Any
+    tables: int
+
+    def __call__(self, bucket: int) -> None:
+        done = self.place.scratch / f"decide-{bucket:05d}.done"
+        if done.exists():
+            return
+        parts = sorted(self.place.scratch.glob(f"route-{bucket:05d}-*.parquet"))
+        if parts:
+            frame = pl.concat([pl.read_parquet(path) for path in parts]).sort("group", maintain_order=True)
+            method = self.place.build()
+            verdict = method.apply(_batch(self.place, frame.drop("_table"), method), self.state)
+            _check(self.place, frame, verdict.kept, verdict.rejected)
+            tables = frame.select("key", "_table")
+            drop = [name for name in ("feature", "pixels", "group") if name in verdict.kept.columns]
+            self._hand_back(verdict.kept.drop(drop).join(tables, on="key"), "decided-kept", bucket)
+            self._hand_back(_left(self.place, frame, verdict.rejected).join(tables, on="key"), "decided-left", bucket)
+        done.touch()
+
+    def _hand_back(self, frame: pl.DataFrame, name: str, bucket: int) -> None:
+        for table, rows in frame.partition_by("_table", as_dict=True).items():
+            _write(rows.drop("_table"), self.place.scratch / f"{name}-{int(table[0]):05d}-{bucket:05d}.parquet")
+
+
+@dataclass(frozen=True)
+class _Return:
+    """Puts the verdicts of all buckets back into their table, in the table's own order."""
+
+    place: Place
+    buckets: int
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        path = self.place.scratch / f"kept-{index:05d}.parquet"
+        if path.exists():
+            return path
+        frame = pl.read_parquet(table)
+        kept = [pl.read_parquet(part) for part in sorted(self.place.scratch.glob(f"decided-kept-{index:05d}-*.parquet"))]
+        left = [pl.read_parquet(part) for part in sorted(self.place.scratch.glob(f"decided-left-{index:05d}-*.parquet"))]
+        if left:
+            order = frame.select("key").with_row_index("_order")
+            rows = pl.concat(left).join(order, on="key").sort("_order").drop("_order")
+            _write(rows, self.place.scratch / f"left-{index:05d}.parquet")
+        result = _restore(self.place, frame, pl.concat(kept)) if kept else frame.clear()
+        return _write(result, path)
+
+

@@ -1,0 +1,71 @@
+"""Progress as a person reads it: one line a phase in a terminal, a plain line every 30 s without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TextIO
+
+PLAIN_EVERY_S = 30.0
+TERMINAL_EVERY_S = 0.1
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `4 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@dataclass
+class Progress:
+    """Prints the state of the phase at hand; `quiet` prints nothing.
+
+    One object a run: `start(phase)`, any number of `update(…)`, `done(…)`.
+    """
+
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    quiet: bool = False
+    phase: str = ""
+    _started: float = 0.0
+    _printed: float = 0.0
+
+    @property
+    def terminal(self) -> bool:
+        """Whether lines can be rewritten in place."""
+        return self.stream.isatty()
+
+    def start(self, phase: str, text: str = "") -> None:
+        """A phase begins."""
+        self.phase, self._started, self._printed = phase, time.monotonic(), time.monotonic()
+        self._print(f"{phase:<9} {text or 'starting'}", final=False)
+
+    def update(self, done: float, total: float, text: str = "") -> None:
+        """`done` of `total` units; printed only when the time for the next line has come."""
+        now = time.monotonic()
+        if now - self._printed < (TERMINAL_EVERY_S if self.terminal else PLAIN_EVERY_S):
+            return
+        self._printed = now
+        share = min(1.0, done / total) if total else 0.0
+        elapsed = now - self._started
+        left = f", about {duration(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
+        self._print(f"{self.phase:<9} {share:4.0%} {text} [{duration(elapsed)}{left}]", final=False)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._print(text, final=True)
+
+    def done(self, text: str) -> None:
+        """The phase ended; the line stays."""
+        self._print(f"{self.phase:<9} {text} [{duration(time.monotonic() - self._started)}]", final=True)
+
+    def _print(self, text: str, *, final: bool) -> None:
+        if self.quiet:
+            return
+        if self.terminal:
+            self.stream.write(f"\r\033[K{text}" + ("\n" if final else ""))
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()

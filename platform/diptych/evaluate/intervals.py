@@ -1,0 +1,338 @@
+"""How far a figure can be trusted: bootstrap over examples, paired tests between checkpoints, t intervals over seeds.
+
+The bootstrap draws from cells, not from rows, where it can: n examples with u distinct values, resampled with replacement, are one
+multinomial draw over u cells. For 0/1 values that is one binomial a resample, whatever n is, and the distribution is exactly the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from diptych.core.chance import generator
+from diptych.core.errors import ConfigError, DataError
+from diptych.core.points import Metric
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 2000
+CHUNK = 1 << 22
+"""Draws held at a time: 32 MiB of counts or indices."""
+
+
+# ---------------------------------------------------------------- one figure
+
+
+def interval(
+    per_example: ArrayLike, seed: int, level: float = 0.95, resamples: int = RESAMPLES, weights: ArrayLike | None = None
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over examples.
+
+    Args:
+        per_example: `[n]`, finite, n >= 1.
+        seed: names the draws; equal inputs and seed give equal bounds.
+        level: coverage in (0, 1).
+        resamples: bootstrap replicates, >= 100.
+        weights: `[n]`, positive: the figure is then the weighted mean, each replicate divided by its own sum of weights.
+
+    Raises:
+        DataError: no examples, or a value that is not finite.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), ch. 13.
+    """
+    _check_resampling(level, resamples)
+    means = bootstrap_means(_finite(per_example), seed, resamples, None if weights is None else _finite(weights))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_means(values: Floats, seed: int, resamples: int, weights: Floats | None = None) -> Floats:
+    """The bootstrapped (weighted) means of `values` `[n]`, float64 `[resamples]`."""
+    rows = np.stack([values, np.ones_like(values) if weights is None else weights])
+    cells, count = np.unique(rows, axis=1, return_counts=True)
+    # A multinomial costs about ten times as much a cell as an index and its gather cost a row.
+    few = 10 * len(count) <= len(values)
+    value, weight = cells if few else rows
+    summands = np.stack([value * weight, weight])
+    rng = generator(seed, "bootstrap")
+    draw = partial(_from_cells, rng, summands, count) if few else partial(_from_rows, rng, summands)
+    weighted, total = np.concatenate([draw(size) for size in _chunks(resamples, len(value))], axis=1)
+    return np.asarray(weighted / total)
+
+
+def _from_cells(rng: np.random.Generator, summands: Floats, count: NDArray[np.int64], resamples: int) -> Floats:
+    """Sums `[2, resamples]` of the summands `[2, cells]`, each cell drawn in proportion to its count."""
+    n = int(count.sum())
+    return np.asarray(summands @ rng.multinomial(n, count / n, size=resamples).T)
+
+
+def _from_rows(rng: np.random.Generator, summands: Floats, resamples: int) -> Floats:
+    """Sums `[2, resamples]` of the summands `[2, n]`, drawn row by row."""
+    n = summands.shape[1]
+    return np.asarray(summands[:, rng.integers(0, n, size=(resamples, n), dtype=np.int32)].sum(axis=2))
+
+
+def _chunks(resamples: int, width: int) -> Iterator[int]:
+    step = max(1, CHUNK // max(1, width))
+    return (min(step, resamples - start) for start in range(0, resamples, step))
+
+
+def median_interval(per_example: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a median, from order statistics: what the bootstrap of a median converges to, without draws.
+
+    `per_example` is `[n]`, finite. Source: Efron (1979), Bootstrap methods, section 3; exact binomial ranks.
+    """
+    from scipy.stats import binom
+
+    values = np.sort(_finite(per_example))
+    low, high = binom.ppf([(1 - level) / 2, (1 + level) / 2], len(values), 0.5).astype(int)
+    return float(values[max(low - 1, 0)]), float(values[min(high, len(values) - 1)])
+
+
+# ---------------------------------------------------------------- two checkpoints, the same examples
+
+
+@dataclass(frozen=True)
+class Paired:
+    """`b - a` on the same examples.
+
+    Attributes:
+        n: examples.
+        difference, low, high: the mean difference and its bootstrap interval.
+        p_value: two-sided; McNemar's exact test for 0/1 values, else the bootstrap under the null of no mean difference.
+        test: which of the two gave `p_value`.
+        p_bootstrap: the bootstrap's p-value, at least 1 / (resamples + 1).
+        effect: Cohen's h for 0/1 values, else the mean difference over the root mean variance of the two.
+    """
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+    p_bootstrap: float
+    effect: float
+
+
+def paired(
+    a: ArrayLike,
+    b: ArrayLike,
+    keys_a: Sequence[str],
+    keys_b: Sequence[str],
+    *,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Paired:
+    """Compares two vectors of per-example values, joined by key; the order of either does not matter.
+
+    Args:
+        a, b: `[n]`, finite.
+        keys_a, keys_b: their examples' keys; the same set, each key once.
+        seed: names the bootstrap's draws.
+        level: coverage of the interval.
+        resamples: bootstrap replicates.
+
+    Raises:
+        DataError: the keys differ or repeat, or a value is not finite.
+    """
+    _check_resampling(level, resamples)
+    left, right = _aligned(_finite(a), _finite(b), keys_a, keys_b)
+    gap = right - left
+    difference = float(gap.mean())
+    means = bootstrap_means(gap, seed, resamples)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # Under the null the replicates lie around zero as they now lie around the difference; the slack forgives rounding, so ties count.
+    extreme = int((np.abs(means - difference) >= abs(difference) * (1 - 1e-12)).sum())
+    p_bootstrap = (1 + extreme) / (1 + resamples)
+    binary = _binary(left) and _binary(right)
+    p_value = mcnemar(left, right) if binary else p_bootstrap
+    effect = cohens_h(float(left.mean()), float(right.mean())) if binary else standardised_difference(left, right)
+    return Paired(len(gap), difference, float(low), float(high), p_value, "mcnemar" if binary else "bootstrap", p_bootstrap, effect)
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
+    """McNemar's exact two-sided p-value for two 0/1 vectors `[n]` over the same examples; 1 where they never differ.
+
+    Source: McNemar (1947), in the exact form: the discordant examples are a Binomial(d, 1/2).
+    """
+    from scipy.stats import binomtest
+
+    left, right = np.asarray(a) > 0, np.asarray(b) > 0
+    gained, lost = int((right & ~left).sum()), int((left & ~right).sum())
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def cohens_h(share_a: float, share_b: float) -> float:
+    """Cohen's h of two shares in [0, 1], signed as `b - a`, in [-pi, pi]; 0.2 is small, 0.5 medium, 0.8 large (Cohen 1988, ch. 6)."""
+    return 2 * (math.asin(math.sqrt(share_b)) - math.asin(math.sqrt(share_a)))
+
+
+def standardised_difference(a: ArrayLike, b: ArrayLike) -> float:
+    """`(mean b - mean a)` over the root mean of the two sample variances (Cohen's d_av); 0 where nothing varies and nothing differs."""
+    left, right = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    difference = float(right.mean() - left.mean())
+    spread = math.sqrt((_variance(left) + _variance(right)) / 2)
+    if spread == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / spread
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction over many tests: name -> adjusted p-value in [0, 1], in the order given. Source: Holm (1979)."""
+    ranked = sorted(p_values, key=lambda name: p_values[name])
+    adjusted: dict[str, float] = {}
+    worst = 0.0
+    for position, name in enumerate(ranked):
+        worst = max(worst, min(1.0, p_values[name] * (len(ranked) - position)))
+        adjusted[name] = worst
+    return {name: adjusted[name] for name in p_values}
+
+
+class Compared(NamedTuple):
+    """One row of `compare`: the figure's key `<set>/<task>/<metric>`, both values, the paired test, and Holm's p-value over all rows."""
+
+    key: str
+    a: float
+    b: float
+    test: Paired
+    p_holm: float
+
+
+def compare(a: Sequence[Metric], b: Sequence[Metric], seed: int, level: float = 0.95, resamples: int = RESAMPLES) -> list[Compared]:
+    """The paired comparison of two checkpoints' rows, `b - a`, in the order of `a`.
+
+    Rows are matched by set, task and metric. A row without `per_example` (a median rank) has no summands and is left out; a row that only
+    one side has is not: that is an error.
+
+    Raises:
+        DataError: rows that only one side has, or rows whose settings (templates, class names, preprocessing) differ.
+    """
+    left, right = _by_key(a), _by_key(b)
+    _refuse_unequal(left, right)
+    tests = {
+        key: paired(row.per_example, other.per_example, row.keys, other.keys, seed=seed, level=level, resamples=resamples)
+        for key, row, other in ((key, row, right[key]) for key, row in left.items())
+        if row.per_example is not None and other.per_example is not None
+    }
+    corrected = holm({key: test.p_value for key, test in tests.items()})
+    return [Compared(key, left[key].value, right[key].value, test, corrected[key]) for key, test in tests.items()]
+
+
+def _by_key(rows: Sequence[Metric]) -> dict[str, Metric]:
+    return {f"{row.set}/{row.task}/{row.metric}": row for row in rows}
+
+
+def _refuse_unequal(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> None:
+    if lonely := sorted(a.keys() ^ b.keys()):
+        raise DataError.at("The two sides were not measured on the same figures", "evaluate", lonely, "the same rows on both sides")
+    for key, row in a.items():
+        names = sorted(
+            {name for name in row.settings.keys() | b[key].settings.keys() if row.settings.get(name) != b[key].settings.get(name)}
+        )
+        if names:
+            got = {name: (row.settings.get(name), b[key].settings.get(name)) for name in names}
+            raise DataError.at(
+                "The two figures were not measured the same way", key, got, "equal settings", "evaluate both with one workflow"
+            )
+
+
+def _aligned(a: Floats, b: Floats, keys_a: Sequence[str], keys_b: Sequence[str]) -> tuple[Floats, Floats]:
+    place = {key: row for row, key in enumerate(keys_b)}
+    if len(a) != len(keys_a) or len(b) != len(keys_b) or len(place) != len(keys_b) or len(set(keys_a)) != len(keys_a):
+        raise DataError.at(
+            "Keys and values do not match", "keys", [len(keys_a), len(a), len(keys_b), len(b)], "one value a key, each key once"
+        )
+    if missing := sorted(set(keys_a) ^ place.keys()):
+        raise DataError.at("The two sides hold different examples", "keys", missing[:5], "the same keys on both sides")
+    return a, b[[place[key] for key in keys_a]]
+
+
+# ---------------------------------------------------------------- few seeds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds or a difference of two, with its t interval. `p_value` is two-sided, against a true value of zero."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    degrees: float
+    n: int
+
+
+def mean_over_seeds(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """The mean of `values` `[n]`, n >= 2, with Student's t interval on n - 1 degrees of freedom. Raises DataError for fewer."""
+    sample = _seeds(values)
+    return _student(float(sample.mean()), math.sqrt(_variance(sample) / len(sample)), len(sample) - 1, len(sample), level)
+
+
+def difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float], level: float = 0.95) -> Estimate:
+    """The mean of `b - a` with its t interval: paired where both sides ran the same seeds, Welch's otherwise.
+
+    Args:
+        a_by_seed, b_by_seed: seed -> figure, at least two seeds a side.
+        level: coverage.
+
+    Raises:
+        DataError: fewer than two seeds on a side, or a value that is not finite.
+
+    Source: Student (1908); Welch (1947) with Satterthwaite's degrees of freedom.
+    """
+    if a_by_seed.keys() == b_by_seed.keys():
+        return mean_over_seeds([b_by_seed[seed] - a_by_seed[seed] for seed in sorted(a_by_seed)], level)
+    a, b = _seeds(list(a_by_seed.values())), _seeds(list(b_by_seed.values()))
+    error_a, error_b = _variance(a) / len(a), _variance(b) / len(b)
+    total = error_a + error_b
+    degrees = total**2 / (error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1)) if total else len(a) + len(b) - 2
+    return _student(float(b.mean() - a.mean()), math.sqrt(total), degrees, len(a) + len(b), level)
+
+
+def _student(mean: float, error: float, degrees: float, n: int, level: float) -> Estimate:
+    from scipy.stats import t
+
+    reach = float(t.ppf((1 + level) / 2, degrees)) * error
+    if error == 0:
+        return Estimate(mean, mean, mean, 0.0 if mean else 1.0, degrees, n)
+    return Estimate(mean, mean - reach, mean + reach, float(2 * t.sf(abs(mean) / error, degrees)), degrees, n)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _finite(values: ArrayLike) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
+        raise DataError.at("These values have no mean", "per_example", array, "a vector of at least one finite number")
+    return array
+
+
+def _seeds(values: ArrayLike) -> Floats:
+    sample = _finite(values)
+    if len(sample) < 2:
+        raise DataError.at("One run has no spread", "seeds", len(sample), "at least 2 seeds", "run more seeds")
+    return sample
+
+
+def _check_resampling(level: float, resamples: int) -> None:
+    if not 0 < level < 1 or resamples < 100:
+        raise ConfigError.at(
+            "No bootstrap can be made of this", "level, resamples", (level, resamples), "level in (0, 1), resamples >= 100"
+        )
+
+
+def _binary(values: Floats) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _variance(sample: Floats) -> float:
+    return float(sample.var(ddof=1)) if len(sample) > 1 else 0.0

@@ -1,0 +1,133 @@
+"""CLIP's symmetric contrastive loss, on one process or on many.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021), section 2.3 and figure 3;
+the four distributed variants are those of open_clip's `ClipLoss`.
+
+Shape legend: n pairs on this rank, W ranks, N = W * n pairs in the global batch, D feature width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from diptych.core.config import Config as BaseConfig
+from diptych.core.points import Encoded
+from diptych.objectives.gather import gather, rank, world_size
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class Logits(NamedTuple):
+    """Similarities that this rank scores: rows are queries, `label_n[i]` is the column of row i's partner."""
+
+    image: Tensor
+    text: Tensor
+    label_n: Tensor
+
+
+def clip_logits(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_loss: bool, gather_with_grad: bool) -> Logits:
+    """Scaled similarities of this rank's queries (local) or of all queries (global) to the candidates of all ranks.
+
+    Args:
+        image_ND, text_ND: features of this rank, `[n, D]`, used as they are: normalise them first.
+        logit_scale: scalar, already exponentiated.
+        local_loss: `[n, N]` logits, a rank scores its own queries; otherwise every rank builds `[N, N]`.
+        gather_with_grad: the gradients that other ranks send to this rank's features reach them.
+
+    Raises:
+        ConfigError: ranks hold batches of different sizes.
+    """
+    assert image_ND.shape == text_ND.shape, f"{tuple(image_ND.shape)} images against {tuple(text_ND.shape)} texts"
+    n, ranks = len(image_ND), world_size()
+    all_image, all_text = image_ND, text_ND
+    if ranks > 1:
+        # One collective for both sides.
+        all_image, all_text = gather(torch.cat([image_ND, text_ND], dim=1), with_grad=gather_with_grad).chunk(2, dim=1)
+    if local_loss and ranks > 1:
+        label_n = torch.arange(n, device=image_ND.device) + n * rank()
+        return Logits(logit_scale * image_ND @ all_text.T, logit_scale * text_ND @ all_image.T, label_n)
+    if ranks > 1 and not gather_with_grad:
+        all_image, all_text = _put_back(all_image, image_ND), _put_back(all_text, text_ND)
+    logits = logit_scale * all_image @ all_text.T
+    return Logits(logits, logits.T, torch.arange(len(logits), device=logits.device))
+
+
+def _put_back(all_ND: Tensor, own_ND: Tensor) -> Tensor:
+    """Replaces this rank's rows of a gathered constant by the features that carry gradient."""
+    shards = list(torch.split(all_ND, len(own_ND)))
+    shards[rank()] = own_ND
+    return torch.cat(shards)
+
+
+def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_loss: bool = True, gather_with_grad: bool = True) -> Tensor:
+    """Mean of the image-to-text and the text-to-image cross-entropy: a scalar in nats. Arguments as in `clip_logits`.
+
+    With G the gradient of the one-process loss on the global batch, W ranks, and gradients averaged over ranks as DDP does:
+
+    | local_loss | gather_with_grad | value                    | averaged gradient of the towers  | logits     |
+    |------------|------------------|--------------------------|----------------------------------|------------|
+    | yes        | yes (default)    | mean over ranks = global | G                                | 2 of n x N |
+    | no         | yes              | global on every rank     | G                                | N x N      |
+    | no         | no               | global on every rank     | G / W                            | N x N      |
+    | yes        | no               | mean over ranks = global | biased: only queries are trained | 2 of n x N |
+
+    The gradient of `logit_scale` is right in all four.
+    """
+    return _loss(clip_logits(image_ND, text_ND, logit_scale, local_loss=local_loss, gather_with_grad=gather_with_grad))
+
+
+def _loss(logits: Logits) -> Tensor:
+    return (cross_entropy(logits.image, logits.label_n) + cross_entropy(logits.text, logits.label_n)) / 2
+
+
+@torch.no_grad()
+def clamp_logit_scale(parameter: Tensor, maximum: float = MAX_LOG_SCALE) -> None:
+    """Clamps the logarithm of the scale to [0, maximum] in place, after an optimizer step.
+
+    Acts on the data: a clamp inside the graph would kill the gradient at the bound, for good.
+    """
+    parameter.clamp_(0.0, maximum)
+
+
+class Clip(nn.Module):
+    """The objective; owns no parameters."""
+
+    def __init__(self, *, local_loss: bool = True, gather_with_grad: bool = True) -> None:
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+
+    def forward(self, encoded: Encoded) -> dict[str, Tensor]:
+        """`loss` (nats) and `accuracy`: the share of this rank's image queries whose own text scores highest, in [0, 1].
+
+        Candidates are the texts of all ranks, so chance is 1/N. `accuracy` is detached.
+        """
+        logits = clip_logits(
+            encoded.image_ND,
+            encoded.text_ND,
+            encoded.logit_scale,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )
+        hit = logits.image.detach().argmax(dim=1) == logits.label_n
+        return {"loss": _loss(logits), "accuracy": hit.float().mean()}
+
+
+class Config(BaseConfig):
+    """CLIP's objective; the switches matter only with more than one rank."""
+
+    method: Literal["clip"] = "clip"
+    local_loss: bool = Field(True, description="every rank scores its own queries only: n x N logits in place of N x N")
+    gather_with_grad: bool = Field(
+        True, description="gradients flow through the gather; without it the gradient is W times too small, or biased with local_loss"
+    )
+
+    def build(self) -> Clip:
+        """The objective."""
+        return Clip(local_loss=self.local_loss, gather_with_grad=self.gather_with_grad)

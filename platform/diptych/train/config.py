@@ -1,0 +1,47 @@
+"""What a training run is told, apart from the data, the model, the objective, the optimizer and the seed."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from diptych.core.config import Config
+from diptych.train.augment import AugmentConfig
+from diptych.train.schedule import ScheduleConfig
+
+
+class TrainConfig(Config):
+    """The loop's settings. The length is given in epochs or in steps; batches are global, so workers do not change the result."""
+
+    epochs: float | None = Field(default=None, gt=0, description="passes over the pairs; may be a fraction")
+    steps: int | None = Field(default=None, gt=0, description="optimizer updates, instead of epochs")
+    batch_size: int = Field(default=256, ge=1, description="pairs an update, over all workers")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches a worker encodes one after another; the loss still sees all pairs")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic of the encoders; the loss is always float32")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning rate by step")
+    clip_grad_norm: float | None = Field(default=None, gt=0, description="largest L2 norm of the gradient; none: never clipped")
+    ema: float | None = Field(default=None, gt=0, lt=1, description="decay a step of averaged weights; if set, they are what is saved")
+
+    caption: Literal["uniform", "first"] = Field(default="uniform", description="one of a pair's captions, drawn anew each visit, or its first")
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")
+    avoid: str | None = Field(default=None, description="a column, e.g. label: no two pairs of one batch have the same value in it")
+
+    loader_workers: int = Field(default=0, ge=0, le=256, description="threads that read and decode ahead; 0: none, everything in line")
+    cache_bytes: int = Field(default=1 << 30, ge=0, description="if all decoded pictures fit, they are kept in memory at full size")
+    threads: int = Field(default=1, ge=1, le=1024, description="torch threads a process; part of the arithmetic, so not taken from the machine")
+    log_every: int = Field(default=10, ge=1, description="steps between two records of steps.jsonl")
+    checkpoint_every_s: float = Field(default=60.0, ge=0, description="seconds between two checkpoints; 0: every step")
+    checkpoint_every_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints, beside the seconds")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("exactly one of epochs and steps must be given")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer updates of the whole run; a fraction of an epoch is rounded to whole steps, at least one."""
+        return self.steps if self.steps is not None else max(1, round((self.epochs or 0) * steps_per_epoch))

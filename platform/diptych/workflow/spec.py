@@ -1,0 +1,304 @@
+"""What an experiment is: the workflow file, checked whole before anything starts."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from diptych.core import catalogue, digest
+from diptych.core.config import Config, headline
+from diptych.core.errors import ConfigError, Problem, nearest, shorten
+from diptych.pairs.ingest import IngestConfig
+from diptych.train.config import TrainConfig
+from diptych.workflow import yaml
+
+T = TypeVar("T")
+
+PHASES = ("ingest", "curate", "prune", "caption", "train", "compress", "evaluate")
+PAIR_PHASES = ("curate", "prune", "caption")
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "ingest": ("seed", "data"),
+    "curate": ("seed", "curate"),
+    "prune": ("seed", "prune"),
+    "caption": ("seed", "caption"),
+    "train": ("seed", "train"),
+    "compress": ("seed", "compress"),
+    "evaluate": ("seed", "evaluate"),
+}
+"""The top-level keys of the workflow file that each phase depends on (the same list stands in `dvc.yaml`)."""
+
+
+class TrainSection(TrainConfig):
+    """The `train` key: the loop's settings, and what is trained with what on how many workers."""
+
+    model: str = Field(default="vit-nano-64", description="architecture or directory, as `open_clip` names it")
+    init: Literal["random"] | str = Field(default="random", description="`random`, or a model directory to start from")  # noqa: PYI051
+    objective: dict[str, Any] = Field(default={"method": "clip"}, description="an objective and its parameters")
+    optimizer: dict[str, Any] = Field(default={"method": "adamw"}, description="an optimizer and its parameters")
+    workers: int = Field(default=1, ge=1, le=4096, description="data-parallel processes")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSection:
+        if self.batch_size % (self.workers * self.accumulate):
+            raise ValueError(f"batch_size {self.batch_size} does not divide by workers x accumulate = {self.workers * self.accumulate}")
+        return self
+
+
+class Range(Config):
+    """A continuous axis of a sweep."""
+
+    min: float
+    max: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.min < self.max or (self.log and self.min <= 0):
+            raise ValueError("needs min < max, and min > 0 on a logarithmic axis")
+        return self
+
+
+class SweepConfig(Config):
+    """A sweep over any value of the workflow; an axis is a list of choices or a range `{min, max, log}`."""
+
+    space: dict[str, tuple[Any, ...] | Range] = Field(min_length=1, description="key path -> choices or range")
+    metric: str = Field(description="`<set>/<task>/<metric>` of the evaluation")
+    mode: Literal["max", "min"] = "max"
+    search: Literal["grid", "random", "optuna"] = "grid"
+    scheduler: Literal["none", "asha"] = Field(default="none", description="early stopping; needs training axes")
+    trials: int | None = Field(default=None, ge=1, le=100_000, description="settings tried; a grid tries all")
+    choose_on: Literal["train", "val", "test"] = Field(default="val", description="the split that the winner is chosen on")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> SweepConfig:
+        ranges = [key for key, axis in self.space.items() if isinstance(axis, Range)]
+        if self.search == "grid" and ranges:
+            raise ValueError(f"a grid needs lists of choices, but {', '.join(ranges)} is a range; use search: random or optuna")
+        if self.search != "grid" and self.trials is None:
+            raise ValueError(f"search: {self.search} needs trials")
+        if self.scheduler == "asha" and not any(key.startswith("train.") for key in self.space):
+            raise ValueError("scheduler: asha stops trainings early, but no axis begins with train.")
+        return self
+
+
+class EvaluateSection(Config):
+    """The `evaluate` key."""
+
+    benchmarks: tuple[dict[str, Any], ...] = Field(default=(), description="benchmarks with their parameters")
+    sweep: SweepConfig | None = None
+
+
+class _Skeleton(Config):
+    """The workflow file before methods are looked up. Every phase is written down, an empty one as `[]`: DVC locks each key."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    about: str = ""
+    seed: int = Field(ge=0, lt=2**63)
+    data: dict[str, Any]
+    curate: tuple[dict[str, Any], ...]
+    prune: tuple[dict[str, Any], ...]
+    caption: tuple[dict[str, Any], ...]
+    train: TrainSection
+    compress: tuple[dict[str, Any], ...]
+    evaluate: EvaluateSection
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A checked workflow. `raw` is the file's own data with overrides applied; the rest are built configurations."""
+
+    name: str
+    path: Path
+    seed: int
+    raw: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    source: Config
+    ingest: IngestConfig
+    curate: tuple[Config, ...]
+    prune: tuple[Config, ...]
+    caption: tuple[Config, ...]
+    train: TrainSection
+    objective: Config
+    optimizer: Config
+    compress: tuple[Config, ...]
+    benchmarks: tuple[Config, ...]
+    sweep: SweepConfig | None
+
+    def methods(self, phase: str) -> tuple[Config, ...]:
+        """The method configurations of a phase that is a list of methods."""
+        found: tuple[Config, ...] = getattr(self, phase)
+        return found
+
+    def params(self, phase: str) -> dict[str, Any]:
+        """The resolved parameters of one phase, defaults filled in: what its identity rests on."""
+        match phase:
+            case "ingest":
+                values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain()}
+            case "train":
+                values = {**self.train.plain(), "objective": self.objective.plain(), "optimizer": self.optimizer.plain()}
+            case "evaluate":
+                values = {"benchmarks": [c.plain() for c in self.benchmarks], "sweep": self.sweep.plain() if self.sweep else None}
+            case _:
+                values = [config.plain() for config in self.methods(phase)]
+        return {"seed": self.seed, phase: values}
+
+    @property
+    def digest(self) -> str:
+        """The digest of all resolved parameters."""
+        return digest.of_plain([self.params(phase) for phase in PHASES])
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Workflow:
+    """Reads and checks a workflow file with `key.path=value` overrides. Raises ConfigError with every problem at once."""
+    raw = yaml.read(path)
+    apply_overrides(raw, overrides)
+    return check(raw, path, tuple(overrides))
+
+
+def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -> Workflow:
+    """Checks workflow data: shapes, then every method's parameters, then what must hold between them."""
+    found: list[Problem] = []
+
+    def attempt(build: Callable[[], T]) -> T | None:
+        try:
+            return build()
+        except ConfigError as error:
+            found.extend(error.problems or [Problem("(workflow)", error.headline, "a valid workflow")])
+            return None
+
+    skeleton = attempt(lambda: _Skeleton.parse(dict(raw)))
+    data = dict(raw.get("data") or {}) if isinstance(raw.get("data"), Mapping) else {}
+    source = attempt(lambda: _source(data)) if data else None
+    ingest = attempt(lambda: IngestConfig.parse({key: data[key] for key in data if key in IngestConfig.model_fields}, "data"))
+
+    def methods(values: Any, phase: str, where: str) -> tuple[Config, ...]:
+        if not isinstance(values, list | tuple):
+            return ()
+        built = [attempt(partial(_method, value, phase, f"{where}.{i}")) for i, value in enumerate(values)]
+        return tuple(config for config in built if config is not None)
+
+    lists = {phase: methods(raw.get(phase), phase, phase) for phase in (*PAIR_PHASES, "compress")}
+    evaluate, train = raw.get("evaluate"), raw.get("train")
+    benchmarks = methods(evaluate.get("benchmarks"), "evaluate", "evaluate.benchmarks") if isinstance(evaluate, Mapping) else ()
+    train = train if isinstance(train, Mapping) else {}
+    objective = attempt(lambda: _method(train.get("objective", {"method": "clip"}), "objective", "train.objective"))
+    optimizer = attempt(lambda: _method(train.get("optimizer", {"method": "adamw"}), "optimizer", "train.optimizer"))
+    attempt(lambda: _check_model(train.get("model")))
+    if found:
+        raise ConfigError(headline(len(found)), _distinct(found))
+    assert skeleton and source and ingest and objective and optimizer
+    workflow = Workflow(
+        name=skeleton.name, path=path, seed=skeleton.seed, raw=raw, overrides=overrides, source=source, ingest=ingest,
+        curate=lists["curate"], prune=lists["prune"], caption=lists["caption"], train=skeleton.train, objective=objective,
+        optimizer=optimizer, compress=lists["compress"], benchmarks=benchmarks, sweep=skeleton.evaluate.sweep,
+    )  # fmt: skip
+    _check_sweep(workflow)
+    return workflow
+
+
+def _source(data: dict[str, Any]) -> Config:
+    if "source" not in data:
+        raise ConfigError(headline(1), [Problem("data.source", "nothing", "the name of a source", "see `diptych methods --phase ingest`")])
+    parameters = {key: value for key, value in data.items() if key not in IngestConfig.model_fields and key != "source"}
+    return _method({"method": data["source"], **parameters}, "ingest", "data", name_key="source")
+
+
+def _method(value: Any, phase: str, where: str, name_key: str = "method") -> Config:
+    if not isinstance(value, Mapping):
+        raise ConfigError(headline(1), [Problem(where, shorten(value), "a mapping with the key `method`", "{method: NAME, …}")])
+    name = value.get("method")
+    if not isinstance(name, str):
+        raise ConfigError(headline(1), [Problem(f"{where}.{name_key}", shorten(name), "the name of a method", "see `diptych methods`")])
+    row = catalogue.find(name, phase, f"{where}.{name_key}")
+    return catalogue.config_class(row).parse(dict(value), where)
+
+
+def _check_model(name: Any) -> None:
+    from diptych.models import clip
+
+    if name is None or not isinstance(name, str) or name.startswith(("local-dir:", "open_clip:")) or "/" in name:
+        return
+    if name not in clip.names():
+        raise ConfigError(headline(1), [Problem("train.model", shorten(name), "an architecture of ours or of open_clip, or a directory",
+                                                nearest(name, clip.names()))])  # fmt: skip
+
+
+def _check_sweep(workflow: Workflow) -> None:
+    if workflow.sweep is None:
+        return
+    problems = []
+    for key, axis in workflow.sweep.space.items():
+        choices = [axis.min] if isinstance(axis, Range) else axis[:1]
+        trial = copy.deepcopy(dict(workflow.raw))
+        trial["evaluate"] = {**trial["evaluate"], "sweep": None}
+        try:
+            set_value(trial, key.split("."), choices[0], key)
+            check(trial, workflow.path)
+        except ConfigError as error:
+            problems += [Problem(f"evaluate.sweep.space.{key}", p.got, p.expected, p.fix) for p in error.problems]
+    if problems:
+        raise ConfigError(headline(len(problems)), problems)
+
+
+def _distinct(problems: Sequence[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets `a.b.c=value` pairs in place; a list is entered by index or by a method's name. Values are YAML."""
+    problems = []
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            problems.append(Problem(item, "no `=`" if path else "no key", "key.path=value", "e.g. train.optimizer.lr=3e-4"))
+            continue
+        try:
+            set_value(raw, path.split("."), yaml.parse(text, path), path)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(headline(len(problems)), problems)
+
+
+def set_value(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
+    """Sets one value inside nested mappings and lists; missing mappings on the way are made, list entries are not."""
+    for position, part in enumerate(parts):
+        last = position == len(parts) - 1
+        if isinstance(node, list):
+            part = _index(node, part, where)  # type: ignore[assignment]  # noqa: PLW2901
+        elif not isinstance(node, dict):
+            raise ConfigError.at(headline(1), where, node, "a mapping or a list to enter")
+        elif not last and not isinstance(node.get(part), dict | list):
+            node[part] = {}
+        if last:
+            node[part] = value
+        else:
+            node = node[part]  # type: ignore[index]
+
+
+def _index(entries: list[Any], part: str, where: str) -> int:
+    if part.isdigit() and int(part) < len(entries):
+        return int(part)
+    names = [entry.get("method") for entry in entries if isinstance(entry, dict)]
+    if part in names:
+        return names.index(part)
+    raise ConfigError.at(headline(1), where, part, f"an index below {len(entries)} or one of {', '.join(map(str, names)) or 'no methods'}",
+                         nearest(part, [name for name in names if name]))  # fmt: skip
+
+
+def check_resources(workflow: Workflow, cores: int | None = None) -> None:
+    """Refuses more workers than the local machine has cores: they would fight for them, or wait for ever."""
+    available = cores or os.cpu_count() or 1
+    if workflow.train.workers > available:
+        from diptych.core.errors import ResourceError
+
+        raise ResourceError.at("More workers than cores", "train.workers", workflow.train.workers, f"at most {available} on this machine",
+                               f"set train.workers={available}, or submit to a cluster: diptych submit … --address …")  # fmt: skip
