@@ -33,8 +33,9 @@ class Words:
 
     def __init__(self, generator: np.random.Generator) -> None:
         self.generator = generator
-        starts, ends = "b c d f g h k l m n p r s t v w st tr ch pl".split(), "a e i o u ar en il on us".split()
-        syllables = np.array([start + end for start in starts for end in ends], dtype=object)
+        syllables = np.array(
+            [start + end for start in [*"bcdfghklmnprstvw", "st", "tr", "ch", "pl"] for end in [*"aeiou", "ar", "en", "il"]]
+        )
         sizes = generator.choice([1, 2, 3, 4], size=2 * WORDS, p=[0.12, 0.48, 0.3, 0.1])
         made = ("".join(generator.choice(syllables, size)) for size in sorted(sizes.tolist()))
         self.words = np.array(list(dict.fromkeys(made))[:WORDS], dtype=object)
@@ -125,8 +126,10 @@ def main() -> None:
     assert indptr.tolist() == [0, *np.cumsum([len(row) for row in found]).tolist()], "texts have other numbers of entries"
     assert ids.tolist() == [index for row in found for index in sorted(row)], "texts have other entries"
     assert np.array_equal(count, peer_count), "entries have other counts"
-    print(f"entries {len(entries)}, {np.mean([*map(len, entries)]):.1f} characters; texts {len(texts)}, "
-          f"{np.mean([*map(len, texts)]):.1f} characters, {len(ids) / len(texts):.1f} matches each; identical ids and counts")
+    print(
+        f"entries {len(entries)}, {np.mean([*map(len, entries)]):.1f} characters; texts {len(texts)}, "
+        f"{np.mean([*map(len, texts)]):.1f} characters, {len(ids) / len(texts):.1f} matches each; identical ids and counts"
+    )
     print(f"build: ours {build_s:.2f} s, peer {peer_build_s:.2f} s; memory grown at the peak {grown_mb:.0f} MB (target {MEMORY_TARGET_MB})")
     rates = len(texts) / best_ours, len(texts) / best_peer
     print(f"BENCH matching: ours {rates[0]:.0f} texts/s, peer {rates[1]:.0f} texts/s, ratio {rates[0] / rates[1]:.2f}, target {TARGET}")

@@ -2,6 +2,7 @@ import pickle
 import subprocess
 import sys
 
+import ftfy
 import numpy as np
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
@@ -87,6 +88,15 @@ def test_random_unicode(reference, ours, highest):
     alphabet = [chr(code) for code in rng.integers(0, highest, 4000)] + [" ", "&lt;", "Ã©", "'s"] * 100
     texts = random_texts(highest, 300, alphabet)
     np.testing.assert_array_equal(ours().encode(texts), reference(texts).numpy())
+
+
+@pytest.mark.parametrize("highest", [0x250, 0x2100, 0x10000])
+def test_repair_is_ftfy(highest):
+    rng = np.random.default_rng(highest)
+    alphabet = [chr(code) for code in rng.integers(0x20, highest, 3000)] + list("aé’“”ŉﬁ＆＜；\u0301\ufffc ") * 20
+    short = ["".join(rng.choice(alphabet, rng.integers(1, 6))) for _ in range(3000)]
+    for text in [*NASTY, *short, *random_texts(highest, 200, alphabet)]:
+        assert tokenizer.repair(text) == ftfy.fix_text(text), text
 
 
 def test_cut_keeps_every_start_and_end(reference, ours):

@@ -29,8 +29,9 @@ from diptych.core.errors import DataError
 MARKS = (",", ".", ";", ":", "?", "!", "`")
 """The characters that spacing sets apart. Quotes, apostrophes, hyphens, brackets and slashes stay where they are."""
 
-BLOCK_TEXTS = 8192
-"""Texts in one block: its arrays then stay in a core's own cache, and (text, entry) fits 32 bits for up to 2^19 entries."""
+BLOCK_TEXTS = 16_384
+BLOCK_CHARS = 4_000_000
+"""A block's size: enough texts that array calls cost nothing, few enough that its arrays stay near the core (some 50 MB at worst)."""
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -110,28 +111,25 @@ class Matcher:
         self._entry_of[node_E] = np.arange(self.entries, dtype=np.int32)
 
     def match(self, texts: Sequence[str]) -> Matches:
-        """The entries of every text, counted once a text however often they occur. Memory is that of one block and the result."""
+        """The entries of every text, each once a text however often it occurs. Memory is that of one block and the result."""
         sizes, ids = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for first in range(0, len(texts), BLOCK_TEXTS):
-            size_N, id_M = self._block(texts[first : first + BLOCK_TEXTS])
+        for block in _blocks(texts):
+            size_N, id_M = self._block(block)
             sizes.append(size_N)
             ids.append(id_M)
         return Matches(np.cumsum(np.concatenate(sizes)), np.concatenate(ids))
 
     def _block(self, texts: Sequence[str]) -> tuple[_Int, _Int]:
-        """Number of entries `[N]` of each text of a block, and the entries themselves."""
+        """How many entries `[N]` each text of a block has, and the entries, text after text, ascending and distinct."""
         pieces = _Pieces(_spaced_lines(texts))
-        piece_P = self._vocabulary.find(pieces)
-        found = list(self._walk(piece_P, pieces.ends_text_P))
+        found = list(self._walk(self._vocabulary.find(pieces), pieces.ends_text_P))
         at_M, entry_M = (np.concatenate(columns) for columns in zip(*found, strict=True))
         text_P = np.cumsum(pieces.ends_text_P) - pieces.ends_text_P
-        bits = max(self.entries - 1, 1).bit_length()
-        narrow = np.uint32 if len(texts) << bits <= 1 << 32 else np.uint64
-        both_M = (text_P.astype(narrow)[at_M] << narrow(bits)) | entry_M.astype(narrow)
+        bits = self.entries.bit_length()
+        both_M = text_P[at_M] << bits | entry_M
         both_M.sort()
-        both_M = both_M[np.concatenate([[True], both_M[1:] != both_M[:-1]])] if len(both_M) else both_M
-        text_M, id_M = both_M >> narrow(bits), both_M & narrow((1 << bits) - 1)
-        return np.bincount(text_M.astype(np.int64), minlength=len(texts)), id_M.astype(np.int64)
+        both_M = both_M[np.diff(both_M, prepend=-1) > 0]
+        return np.bincount(both_M >> bits, minlength=len(texts)), both_M & ((1 << bits) - 1)
 
     def _walk(self, piece_P: _Int, ends_P: NDArray[np.bool_]) -> Iterator[tuple[_Int, NDArray[np.int32]]]:
         """Walks the trie from every piece at once; yields, level by level, where an entry ends (piece index) and which it is."""
@@ -216,8 +214,9 @@ class _Pieces:
         start = self.start_P[index] + offset
         at, shift = start >> 3, ((start & 7) << 3).astype(np.uint64)
         # A shift by 64 gives zero in NumPy, which is what an aligned start needs.
-        both = (self._word[at] >> shift) | (self._word[at + 1] << (np.uint64(64) - shift))
-        return both & _KEEP[np.minimum(self.size_P[index] - offset, 8)]
+        both: _Word = (self._word[at] >> shift) | (self._word[at + 1] << (np.uint64(64) - shift))
+        both &= _KEEP[np.minimum(self.size_P[index] - offset, 8)]
+        return both
 
 
 class _Vocabulary:
@@ -241,13 +240,13 @@ class _Vocabulary:
         self._size[slot] = pieces.size_P[long]
         self._tail[slot] = np.cumsum(words) - words
         self._tails = np.zeros(int(words.sum()), dtype=np.uint64)
-        for offset in range(0, self._longest, 8):
-            reaches = pieces.size_P[long] > offset
-            self._tails[self._tail[slot[reaches]] + offset // 8] = pieces.eight(long[reaches], offset)
+        for offset, live in _reaching(pieces.size_P[long]):
+            self._tails[self._tail[slot[live]] + offset // 8] = pieces.eight(long[live], offset)
 
     def find(self, pieces: _Pieces) -> _Int:
         """The slot `[P]` of every piece, -1 for one that is in no entry."""
         slot_P = self._table.find(self._keys(pieces))
+        # An over-long piece's key is that of a free slot, whose size is 0: it fails the comparison like any other stranger.
         long = np.flatnonzero((slot_P >= 0) & (pieces.size_P > 8))
         slot_P[long[~self._same(pieces, long, slot_P[long])]] = -1
         return slot_P
@@ -258,38 +257,54 @@ class _Vocabulary:
         index = np.flatnonzero(pieces.size_P > 8)
         key_P[index] = _EMPTY
         index = index[pieces.size_P[index] <= self._longest]
-        hashed, live = pieces.eight(index) + np.uint64(self._salt), np.arange(len(index))
-        for offset in range(8, self._longest, 8):
-            live = live[pieces.size_P[index[live]] > offset]
-            mixed = (hashed[live] ^ (hashed[live] >> np.uint64(29))) * _ODD
-            hashed[live] = (mixed ^ (mixed >> np.uint64(32))) + pieces.eight(index[live], offset)
-        key_P[index] = ((hashed * _ODD) >> np.uint64(8)) | _LONG
+        hashed = np.full(len(index), self._salt, dtype=np.uint64)
+        for offset, live in _reaching(pieces.size_P[index]):
+            mixed = (hashed[live] + pieces.eight(index[live], offset)) * _ODD
+            hashed[live] = (mixed ^ (mixed >> np.uint64(32))) * _ODD
+        key_P[index] = (hashed >> np.uint64(8)) | _LONG
         return key_P
 
     def _same(self, pieces: _Pieces, index: _Int, slot: _Int) -> NDArray[np.bool_]:
         """Whether each indexed long piece equals, byte for byte, the vocabulary's piece at its slot."""
-        same = self._size[slot] == pieces.size_P[index]
-        live = np.flatnonzero(same)
-        for offset in range(0, self._longest, 8):
-            live = live[same[live] & (pieces.size_P[index[live]] > offset)]
-            same[live] = self._tails[self._tail[slot[live]] + offset // 8] == pieces.eight(index[live], offset)
+        same: NDArray[np.bool_] = self._size[slot] == pieces.size_P[index]
+        for offset, live in _reaching(np.where(same, pieces.size_P[index], 0)):
+            same[live] &= self._tails[self._tail[slot[live]] + offset // 8] == pieces.eight(index[live], offset)
         return same
 
     def _first_of_each(self, pieces: _Pieces, key_P: _Word) -> _Int | None:
         """Index of one piece a distinct key, or None if two different pieces share a key (the salt must change)."""
         _, first, which = np.unique(key_P, return_index=True, return_inverse=True)
-        other = np.flatnonzero((pieces.size_P > 8) & (first[which] != np.arange(len(key_P))))
+        other = np.flatnonzero(first[which] != np.arange(len(key_P)))
         twin = first[which[other]]
         differ = pieces.size_P[other] != pieces.size_P[twin]
-        for offset in range(0, self._longest, 8):
-            live = np.flatnonzero(~differ & (pieces.size_P[other] > offset))
-            differ[live] = pieces.eight(other[live], offset) != pieces.eight(twin[live], offset)
+        for offset, live in _reaching(np.where(differ, 0, pieces.size_P[other])):
+            differ[live] |= pieces.eight(other[live], offset) != pieces.eight(twin[live], offset)
         return None if differ.any() or bool((key_P == _EMPTY).any()) else first
+
+
+def _reaching(sizes: _Int) -> Iterator[tuple[int, _Int]]:
+    """Offsets 0, 8, 16… bytes, each with the indices of the pieces that reach past it; ends with the longest piece."""
+    offset, live = 0, np.arange(len(sizes))
+    while len(live := live[sizes[live] > offset]):
+        yield offset, live
+        offset += 8
 
 
 def _step(node: _Int, piece: _Int) -> _Word:
     """The key of the step from a node to the next piece."""
     return (node << 32 | piece).astype(np.uint64)
+
+
+def _blocks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cuts texts, in order, into blocks within the limits; a text that is too long by itself is a block."""
+    if len(texts) > BLOCK_TEXTS:
+        for first in range(0, len(texts), BLOCK_TEXTS):
+            yield from _blocks(texts[first : first + BLOCK_TEXTS])
+    elif len(texts) > 1 and sum(map(len, texts)) > BLOCK_CHARS:
+        yield from _blocks(texts[: len(texts) // 2])
+        yield from _blocks(texts[len(texts) // 2 :])
+    elif len(texts):
+        yield texts
 
 
 def _spaced_lines(texts: Sequence[str]) -> bytes:
@@ -314,4 +329,6 @@ def _refuse_duplicates(entries: Sequence[str]) -> None:
         raise DataError.at("The list of concepts is empty", "entries", [], "at least one concept")
     if len(set(entries)) < len(entries):
         entry, times = Counter(entries).most_common(1)[0]
-        raise DataError.at("A concept is listed twice", "entries", f"{entry!r} {times} times", "each concept once", "remove duplicates first")
+        raise DataError.at(
+            "A concept is listed twice", "entries", f"{entry!r} {times} times", "each concept once", "remove duplicates first"
+        )

@@ -206,3 +206,27 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _sentence(error: BaseException) -> str:
     return str(error).split("\n", 1)[0][:300]
+
+
+def serve(target: Target, host: str, port: int) -> int:
+    """Runs MLflow's page on `target` until Ctrl-C. Raises ResourceError when the port is taken."""
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError.at("The port is taken", f"{host}:{port}", str(error), "a free port", f"diptych ui --port {port + 1}") from None
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", target.uri, "--host", host, "--port", str(port), "--workers", "1"]
+    if target.artifacts:
+        command += ["--default-artifact-root", target.artifacts]
+    process = subprocess.Popen(command)  # noqa: S603 - a fixed program, arguments as a list
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait(timeout=10)
+        return 0

@@ -21,31 +21,40 @@ if TYPE_CHECKING:
 Features = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
-IMAGE_BATCH = 64
+CPU_BATCH, DEVICE_BATCH = 16, 256
+"""Pictures a forward pass by default. On a CPU small batches stay in the cache, and their buffers in memory that is already mapped: a third
+less time than 64 at a time for a small ViT at 224 px. Accelerators need large ones."""
 TEXT_BATCH = 256
+READ = 64
+"""Pairs a call of `load_pixels`."""
 TEXTS_HELD = 1 << 16
 """Texts tokenised at a time: 40 MB of ids at 77 tokens."""
 
 
 def encode_images(
-    model: DualEncoder, images: Iterable[Pixels], batch_size: int = IMAGE_BATCH, device: torch.device | str | None = None
+    model: DualEncoder, images: Iterable[Pixels], batch_size: int | None = None, device: torch.device | str | None = None
 ) -> Features:
     """L2-normalised image features, float32 `[N, D]`, in the order given.
 
     Args:
         model: the dual encoder; it normalises the pixels, a batch at a time.
         images: blocks of pictures, uint8 `[n, C, H, W]`, of any length; they are cut and joined to batches.
-        batch_size: pictures a forward pass.
+        batch_size: pictures a forward pass; by default what suits the device.
         device: where the model is; its own by default.
     """
     import torch
 
-    with _evaluating(model) as home:
+    with _evaluating(model, device) as home:
         features = [
-            model.encode_image(torch.from_numpy(batch).to(device or home), normalize=True).float().cpu().numpy()
-            for batch in _batches(images, batch_size)
+            model.encode_image(torch.from_numpy(batch).to(home), normalize=True).float().cpu().numpy()
+            for batch in _batches(images, batch_size or image_batch(home))
         ]
     return np.concatenate(features) if features else np.empty((0, 0), np.float32)
+
+
+def image_batch(device: torch.device) -> int:
+    """Pictures a forward pass that suit a device."""
+    return CPU_BATCH if device.type == "cpu" else DEVICE_BATCH
 
 
 def encode_texts(
@@ -62,24 +71,26 @@ def encode_texts(
         batch_size: texts a forward pass.
         device: where the model is; its own by default.
     """
-    import torch
 
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct = list(row_of)
-    features: list[Features] = []
-    with _evaluating(model) as home:
-        for start in range(0, len(distinct), TEXTS_HELD):
-            text_NL = model.tokenizer.encode_cut(distinct[start : start + TEXTS_HELD])
-            length_N = text_NL.argmax(axis=1) + 1  # the end token has the largest id
-            by_length = np.argsort(length_N, kind="stable")
-            encoded = []
-            for rows in (by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)):
-                batch_NL = torch.from_numpy(np.ascontiguousarray(text_NL[rows, : length_N[rows[-1]]]))
-                encoded.append(model.encode_text(batch_NL.to(device or home), normalize=True).float().cpu().numpy())
-            features.append(np.concatenate(encoded)[np.argsort(by_length, kind="stable")])
-    if not features:
-        return np.empty((0, 0), np.float32)
-    return np.concatenate(features)[[row_of[text] for text in texts]]
+    with _evaluating(model, device) as home:
+        blocks = [_encode_block(model, distinct[at : at + TEXTS_HELD], batch_size, home) for at in range(0, len(distinct), TEXTS_HELD)]
+    return np.concatenate(blocks)[[row_of[text] for text in texts]] if blocks else np.empty((0, 0), np.float32)
+
+
+def _encode_block(model: DualEncoder, texts: list[str], batch_size: int, device: torch.device) -> Features:
+    import torch
+
+    text_NL = model.tokenizer.encode_cut(texts)
+    length_N = text_NL.argmax(axis=1) + 1  # the end token has the largest id
+    by_length = np.argsort(length_N, kind="stable")
+    features = []
+    for at in range(0, len(texts), batch_size):
+        rows = by_length[at : at + batch_size]
+        batch_NL = torch.from_numpy(np.ascontiguousarray(text_NL[rows, : length_N[rows[-1]]]))
+        features.append(model.encode_text(batch_NL.to(device), normalize=True).float().cpu().numpy())
+    return np.concatenate(features)[np.argsort(by_length, kind="stable")]
 
 
 class ModelEncoder:
@@ -88,7 +99,7 @@ class ModelEncoder:
     Args:
         model: the dual encoder.
         load_pixels: reads the pictures of some pairs: frame of n rows -> uint8 `[n, C, H, W]`.
-        batch_size: pictures a forward pass, and pairs a call of `load_pixels`.
+        batch_size: pictures a forward pass; by default what suits the device.
         device: where the model is; its own by default.
         settings: how pixels were prepared, for the rows' `settings`; the image size if none are given.
     """
@@ -97,7 +108,7 @@ class ModelEncoder:
         self,
         model: DualEncoder,
         load_pixels: Callable[[pl.DataFrame], Pixels],
-        batch_size: int = IMAGE_BATCH,
+        batch_size: int | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -110,11 +121,11 @@ class ModelEncoder:
     @property
     def logit_scale(self) -> float:
         """The factor of the cosine in the logits (already exponentiated)."""
-        return float(self.model.logit_scale.exp())
+        return float(self.model.logit_scale.detach().exp())
 
     def images(self, pairs: pl.DataFrame) -> Features:
-        """`[n, D]`, a row a pair, in the order of the frame. Pictures are read a batch at a time."""
-        blocks = (self.load_pixels(pairs[start : start + self.batch_size]) for start in range(0, len(pairs), self.batch_size))
+        """`[n, D]`, a row a pair, in the order of the frame. Pictures are read `READ` at a time."""
+        blocks = (self.load_pixels(pairs[start : start + READ]) for start in range(0, len(pairs), READ))
         return encode_images(self.model, blocks, self.batch_size, self.device)
 
     def texts(self, texts: Sequence[str]) -> Features:
@@ -123,15 +134,15 @@ class ModelEncoder:
 
 
 @contextmanager
-def _evaluating(model: DualEncoder) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; gives the model's device and puts its mode back."""
+def _evaluating(model: DualEncoder, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device to encode on and puts the model's mode back."""
     import torch
 
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            yield next(model.parameters()).device
+            yield torch.device(device) if device is not None else next(model.parameters()).device
     finally:
         model.train(was_training)
 

@@ -59,21 +59,21 @@ def bootstrap_means(values: Floats, seed: int, resamples: int, weights: Floats |
     # A multinomial costs about ten times as much a cell as an index and its gather cost a row.
     few = 10 * len(count) <= len(values)
     value, weight = cells if few else rows
-    summands = np.stack([value * weight, weight])
+    summands = value[None] if weights is None else np.stack([value * weight, weight])
     rng = generator(seed, "bootstrap")
     draw = partial(_from_cells, rng, summands, count) if few else partial(_from_rows, rng, summands)
-    weighted, total = np.concatenate([draw(size) for size in _chunks(resamples, len(value))], axis=1)
-    return np.asarray(weighted / total)
+    sums = np.concatenate([draw(size) for size in _chunks(resamples, len(value))], axis=1)
+    return np.asarray(sums[0] / (len(values) if weights is None else sums[1]))
 
 
 def _from_cells(rng: np.random.Generator, summands: Floats, count: NDArray[np.int64], resamples: int) -> Floats:
-    """Sums `[2, resamples]` of the summands `[2, cells]`, each cell drawn in proportion to its count."""
+    """Sums `[S, resamples]` of S rows of summands `[S, cells]`, each cell drawn in proportion to its count."""
     n = int(count.sum())
     return np.asarray(summands @ rng.multinomial(n, count / n, size=resamples).T)
 
 
 def _from_rows(rng: np.random.Generator, summands: Floats, resamples: int) -> Floats:
-    """Sums `[2, resamples]` of the summands `[2, n]`, drawn row by row."""
+    """Sums `[S, resamples]` of S rows of summands `[S, n]`, drawn row by row."""
     n = summands.shape[1]
     return np.asarray(summands[:, rng.integers(0, n, size=(resamples, n), dtype=np.int32)].sum(axis=2))
 

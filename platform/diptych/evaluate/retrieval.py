@@ -178,7 +178,8 @@ def _places(value: NDArray[Any]) -> Index:
 class Retrieval:
     """The benchmark.
 
-    Metrics a direction: `<direction>_r<k>`, `<direction>_mrr` (mean of 1 / rank) and `<direction>_median_rank` (from 1, no per-example values).
+    Metrics a direction: `<direction>_r<k>`, `<direction>_mrr` (mean of 1 / rank) and `<direction>_median_rank` (from 1; a median has no
+    summands, so it comes without `per_example`).
     """
 
     def __init__(self, config: Config) -> None:

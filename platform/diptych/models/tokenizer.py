@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain, islice, pairwise
@@ -21,6 +22,9 @@ from typing import Any
 import ftfy
 import numpy as np
 import regex  # type: ignore[import-untyped]
+from ftfy.badness import is_bad
+from ftfy.chardata import CONTROL_CHARS, LIGATURES, WIDTH_MAP
+from ftfy.fixes import uncurl_quotes
 from numpy.typing import NDArray
 
 from diptych.core.errors import ConfigError, DataError, DiptychError
@@ -29,6 +33,7 @@ SOT, EOT, VOCABULARY_SIZE = 49406, 49407, 49408
 SPECIAL = ("<start_of_text>", "<end_of_text>")
 MERGES = 49152 - 256 - 2
 PATTERN = regex.compile("|".join(SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+REPLACED = regex.compile(f"[{regex.escape(''.join(map(chr, {**CONTROL_CHARS, **LIGATURES, **WIDTH_MAP})))}]")
 
 CACHED_CHUNKS = 1 << 17
 CACHED_CHUNK_CHARS = 64
@@ -87,7 +92,24 @@ class Tokenizer:
 
 def clean(text: str) -> str:
     """Repairs unicode (ftfy), unescapes HTML twice, collapses white space, lower-cases: open_clip's `clean='lower'`."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return " ".join(html.unescape(html.unescape(repair(text))).split()).lower()
+
+
+def repair(text: str) -> str:
+    """`ftfy.fix_text(text)`, asked only where it could change something beyond straightening quotes.
+
+    ftfy leaves alone what has no entity, no control character, no ligature or full-width form, is in normal form C and shows no
+    mojibake; each of its steps tests one of these. Straightened quotes are tested again, because ftfy repeats to a fixed point.
+    """
+    if not _is_sound(text):
+        return str(ftfy.fix_text(text))
+    straight: str = uncurl_quotes(text)
+    return straight if straight == text or _is_sound(straight) else str(ftfy.fix_text(text))
+
+
+def _is_sound(text: str) -> bool:
+    sound = text.isprintable() and "&" not in text and not REPLACED.search(text)
+    return sound and unicodedata.is_normalized("NFC", text) and not is_bad(text)
 
 
 def _is_plain(text: str) -> bool:

@@ -148,7 +148,7 @@ def recolor(picture_NCHW: Pixels, draws: Draws) -> Pixels:
     Plain products and sums in float32, so the result of a picture does not depend on its neighbours in the batch.
     """
     gain_N = draws.brightness_N * draws.contrast_N
-    mean_N = picture_NCHW.mean(axis=(2, 3), dtype=np.float64) @ LUMA
+    mean_N = (picture_NCHW.mean(axis=(2, 3), dtype=np.float64) * LUMA).sum(axis=1)
     shift_N11 = (mean_N * draws.brightness_N * (1 - draws.contrast_N))[:, None, None].astype(np.float32)
     map_NCC11 = (draws.colour_N33 * gain_N[:, None, None]).astype(np.float32)[..., None, None]
     pixel_NCHW = picture_NCHW.astype(np.float32)

@@ -19,17 +19,29 @@ from pathlib import Path
 
 import polars as pl
 
+from diptych.caption.rewriters.styles import word_set
 from diptych.core.errors import DataError
 
 POS_OF_NUMBER = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}
 FILES = {"n": "data.noun", "v": "data.verb", "a": "data.adj"}
 MAX_ALTERNATIVES = 6
 MIN_LEAD = 0.6  # the share of a word's tagged uses that its part of speech must have for the word to be replaced
-CONCRETE = frozenset({5, 6, 13})  # the noun files animal, artifact and food; kinds of plants and substances are botany and chemistry
+CONCRETE = frozenset({5, 6})  # the noun files animal and artifact; above plants, food and substances stand botany and chemistry
 PEOPLE_FILE = 18  # nouns for persons are never replaced by each other: too many of them judge
 UNWELCOME = frozenset({"ethnic slur", "obscenity", "vulgarism", "disparagement", "archaism", "slang", "trademark"})
-TOO_BROAD = frozenset("artifact whole part piece thing object matter substance unit structure surface area covering device way".split())
-IRREGULAR_PLURALS = {"man": "men", "woman": "women", "child": "children", "foot": "feet", "tooth": "teeth", "goose": "geese", "mouse": "mice"}
+TOO_BROAD = word_set(
+    "artifact whole part piece thing object matter substance unit structure surface area covering device way "
+    "container equipment machine applicator lever"
+)
+IRREGULAR_PLURALS = {
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "mouse": "mice",
+}
 UNCOUNTED_ENDS = ("ics", "sheep", "deer", "fish", "ing", "ware", "wear", "ness")
 WORD = re.compile(r"[a-z]+(?:-[a-z]+)?")
 PHRASE = re.compile(r"[a-z]+(?:[ -][a-z]+)?")
@@ -112,21 +124,17 @@ class Thesaurus:
     def rows(self) -> Iterator[tuple[str, list[str]]]:
         """`(word, alternatives)` for every single word that has any, inflected forms included."""
         for word, sense in sorted(self.leads.items()):
-            if sense.pos not in FILES or not WORD.fullmatch(word) or len(word) < 3:
-                continue
-            found = self.synonyms(word, sense) or self.kinds(word, sense)
-            alternatives = [other for other in found if fits(word, other)][:MAX_ALTERNATIVES]
-            if not alternatives:
-                continue
-            if sense.pos != "v":
-                yield word, alternatives
-            yield from self._inflected(word, sense.pos, alternatives)
+            if sense.pos in FILES and WORD.fullmatch(word) and len(word) > 2:
+                yield from self._forms(word, sense.pos, self.synonyms(word, sense) or self.kinds(word, sense))
 
-    def _inflected(self, word: str, pos: str, alternatives: list[str]) -> Iterator[tuple[str, list[str]]]:
+    def _forms(self, word: str, pos: str, found: list[str]) -> Iterator[tuple[str, list[str]]]:
+        """The word itself, and its plural or -ing form where WordNet has no word of that spelling. Verbs only as -ing forms."""
+        if pos != "v":
+            yield word, fitting(word, found)
         inflect = {"n": plural, "v": gerund}.get(pos)
         form = inflect(word) if inflect else None
-        if form and form not in self.senses:
-            yield form, [other for alternative in alternatives if inflect and (other := inflect(alternative))]
+        if inflect and form and form not in self.senses:
+            yield form, fitting(form, [other for alternative in found if (other := inflect(alternative))])
 
     def synonyms(self, word: str, sense: Sense) -> list[str]:
         """Words of the same synset for which it is the first or second sense and was seen in tagged text."""
@@ -162,9 +170,10 @@ class Thesaurus:
         return any(name in UNWELCOME for name in names)
 
 
-def fits(word: str, other: str) -> bool:
-    """Whether a word may stand in the other's place in a sentence: neither contains the other, and both or neither end in -ing."""
-    return word not in other and other not in word and word.endswith("ing") == other.endswith("ing")
+def fitting(word: str, others: Iterable[str]) -> list[str]:
+    """The first few that may stand in the word's place: neither contains the other, and both or neither end in -ing."""
+    fits = [other for other in others if word not in other and other not in word and word.endswith("ing") == other.endswith("ing")]
+    return fits[:MAX_ALTERNATIVES]
 
 
 def plural(noun: str) -> str | None:
@@ -203,7 +212,7 @@ def table(dictionary: Path) -> pl.DataFrame:
     return pl.DataFrame({"word": list(rows), "alternatives": list(rows.values())}, schema=SCHEMA).sort("word")
 
 
-SCHEMA = {"word": pl.String, "alternatives": pl.List(pl.String)}
+SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {"word": pl.String, "alternatives": pl.List(pl.String)}
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,97 @@
+"""The verbs that answer questions: `compare`, `trace`, `methods`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from diptych.core import catalogue
+from diptych.core.errors import ConfigError, nearest
+
+
+def compare(options: argparse.Namespace) -> int:
+    """`diptych compare A B`."""
+    from diptych.workflow import compare as comparisons
+    from diptych.workflow import results
+    from diptych.workflow.project import Project
+
+    project = Project.find(Path.cwd())
+    if not options.runs:
+        for name in results.evaluated(project):
+            sys.stdout.write(f"  {name}\n")
+        return 0
+    if len(options.runs) != 2:
+        raise ConfigError.at("A comparison needs two runs", "compare", options.runs, "two names, e.g. quickstart quickstart+1a2b3c")
+    sys.stdout.write(comparisons.table(comparisons.compare(project, *options.runs, seed=options.seed)) + "\n")
+    return 0
+
+
+def trace(options: argparse.Namespace) -> int:
+    """`diptych trace X`."""
+    from diptych.workflow import trace as traces
+    from diptych.workflow.project import Project
+
+    sys.stdout.write(traces.text(traces.trace(Project.find(Path.cwd()), options.target, options.run)) + "\n")
+    return 0
+
+
+def methods(options: argparse.Namespace) -> int:
+    """`diptych methods [NAME]`."""
+    rows = catalogue.rows()
+    if options.name:
+        sys.stdout.write(describe(catalogue.find(options.name)) + "\n")
+        return 0
+    phases = list(dict.fromkeys(row.phase for row in rows.values()))
+    if options.phase and options.phase not in phases:
+        raise ConfigError.at("There is no such phase", "--phase", options.phase, f"one of {', '.join(phases)}", nearest(options.phase, phases))
+    for phase in [options.phase] if options.phase else phases:
+        sys.stdout.write(f"{phase}\n")
+        for row in rows.values():
+            if row.phase == phase:
+                sys.stdout.write(f"  {row.name:<18} {row.line}\n")
+    return 0
+
+
+def describe(row: catalogue.Row) -> str:
+    """A method with its parameters: name, type, default, meaning."""
+    config = catalogue.config_class(row)
+    lines = [f"{row.name} ({row.phase}): {row.line}", f"paper: {row.paper or 'none'}", f"code:  {row.config.partition(':')[0]}", ""]
+    lines += _fields(config, "")
+    return "\n".join(lines)
+
+
+def _fields(config: Any, prefix: str) -> list[str]:
+    lines = []
+    for name, field in config.model_fields.items():
+        if name == "method":
+            continue
+        default = "required" if field.is_required() else f"default {_value(field.get_default(call_default_factory=True))}"
+        kind = _kind(field.annotation)
+        bounds = ", ".join(_bound(entry) for entry in field.metadata if _bound(entry))
+        lines.append(f"  {prefix}{name}: {kind}{f' ({bounds})' if bounds else ''}, {default}")
+        if field.description:
+            lines += textwrap.wrap(field.description, 100, initial_indent="      ", subsequent_indent="      ")
+        nested = field.annotation if hasattr(field.annotation, "model_fields") else None
+        if nested:
+            lines += _fields(nested, f"{prefix}{name}.")
+    return lines
+
+
+def _value(value: Any) -> str:
+    text = str(value.plain()) if hasattr(value, "plain") else repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _kind(annotation: Any) -> str:
+    text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)
+    return text.replace("typing.", "").replace("diptych.", "").replace("NoneType", "None")
+
+
+def _bound(entry: Any) -> str:
+    for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if getattr(entry, attribute, None) is not None:
+            return f"{sign} {getattr(entry, attribute)}"
+    return ""

@@ -1,0 +1,52 @@
+"""The verbs around a run: `submit`, `ui`, `doctor`, `completion`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def submit(options: argparse.Namespace) -> int:
+    """`diptych submit W --address …`."""
+    from diptych.cli.experiments import load
+    from diptych.engine import jobs
+    from diptych.workflow.project import Project
+
+    workflow = load(options)  # a mistake is refused here, not on the cluster
+    project = Project.find(Path.cwd())
+    pack = jobs.pack(project.root)
+    sys.stdout.write(jobs.describe(pack) + "\n")
+    if options.dry_run:
+        return 0
+    path = workflow.path.relative_to(project.root).as_posix()
+    job = jobs.Job(f"{workflow.name}-{workflow.digest.removeprefix('sha256:')[:8]}", path, workflow.overrides, options.root or str(project.root), options.tracking_uri)
+    return jobs.submit(job, pack, options.address, follow=not options.detach)
+
+
+def ui(options: argparse.Namespace) -> int:
+    """`diptych ui`."""
+    from diptych.engine import tracking
+    from diptych.workflow.project import Project
+
+    project = Project.find(Path.cwd())
+    target = tracking.Target.local(project.root, "diptych", options.tracking_uri)
+    sys.stdout.write(f"MLflow on {target.uri}\n  http://{options.host}:{options.port}   (Ctrl-C ends it)\n")
+    return tracking.serve(target, options.host, options.port)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`diptych doctor`: 0 when nothing has to be mended."""
+    from diptych.engine import doctor as checks
+
+    found = checks.examine(Path.cwd(), options.tracking_uri, options.address)
+    sys.stdout.write(checks.text(found) + "\n")
+    return 1 if any(check.state == "mend" for check in found) else 0
+
+
+def completion(options: argparse.Namespace) -> int:
+    """`diptych completion SHELL`."""
+    import argcomplete
+
+    sys.stdout.write(argcomplete.shellcode(["diptych"], shell=options.shell))
+    return 0

@@ -1,0 +1,131 @@
+"""Measures a checkpoint: pictures are decoded and encoded once, kept under the digests that made them, and every benchmark works from there.
+
+Shape legend: N pairs, M texts, D feature width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from diptych.core import catalogue, digest
+from diptych.core.config import Config
+from diptych.core.points import Benchmark, Metric
+from diptych.engine import features
+from diptych.pairs.dataset import PairDataset
+
+if TYPE_CHECKING:
+    from diptych.models.clip import DualEncoder
+
+Features = NDArray[np.float32]
+
+
+@dataclass
+class StoredEncoder:
+    """An `Encoder` over a model directory and a pair dataset, with image features kept in `cache` between runs.
+
+    The model is loaded only when something is not in the cache.
+    """
+
+    model_dir: Path
+    dataset: PairDataset
+    cache: Path
+    _text: dict[str, Features] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> str:
+        """The digest of the model's weights and configuration."""
+        names = ("open_clip_config.json", "open_clip_model.safetensors")
+        return digest.of_plain([digest.of_file(self.model_dir / name) for name in names])
+
+    @cached_property
+    def model(self) -> DualEncoder:
+        """The dual encoder, in evaluation mode."""
+        from diptych.models import clip
+
+        return clip.load(self.model_dir).eval()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How pixels were prepared; rows that differ in it are not comparable."""
+        return {"image_size": self.model.image_size, "resize": "bicubic, short side, centre crop"}
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosine in the logits."""
+        return float(self.model.logit_scale.exp())
+
+    def images(self, pairs: pl.DataFrame) -> Features:
+        """`[N, D]`, a row a pair, in the order of the frame; from the cache where that very selection was encoded before."""
+        from diptych.evaluate.encode import encode_images
+
+        name = digest.of_plain([self.identity, self.dataset.digest, digest.of_bytes("\0".join(pairs["key"]).encode())])
+        path = self.cache / f"{name.removeprefix('sha256:')}.npy"
+        if path.exists():
+            stored: Features = np.load(path, mmap_mode="r", allow_pickle=False)
+            return stored
+        blocks = features.pictures(pairs, self.dataset.reader(), self.model.image_size)
+        encoded = encode_images(self.model, blocks)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, encoded)
+        partial.replace(path)
+        return encoded
+
+    def texts(self, texts: Sequence[str]) -> Features:
+        """`[M, D]`, a row a text; a text that was asked for before is not encoded again."""
+        from diptych.evaluate.encode import encode_texts
+
+        new = [text for text in dict.fromkeys(texts) if text not in self._text]
+        if new:
+            self._text |= dict(zip(new, encode_texts(self.model, new), strict=True))
+        return np.stack([self._text[text] for text in texts])
+
+
+def build(parameters: Mapping[str, Any] | Config) -> Benchmark:
+    """A benchmark from its resolved parameters."""
+    config = parameters
+    if not isinstance(config, Config):
+        config = catalogue.config_class(catalogue.find(str(parameters["method"]), "evaluate")).parse(dict(parameters))  # type: ignore[index]
+    benchmark: Benchmark = config.build()  # type: ignore[attr-defined]
+    return benchmark
+
+
+def measure(encoder: StoredEncoder, benchmarks: Iterable[Mapping[str, Any] | Config], name: str, seed: int) -> list[Metric]:
+    """The rows of every benchmark on the encoder's data set, called `name` in the rows."""
+    pairs = encoder.dataset.read()
+    return [metric for benchmark in benchmarks for metric in build(benchmark).run(encoder, pairs, name, seed)]
+
+
+def long_form(metrics: Sequence[Metric], provenance: Mapping[str, str]) -> pl.DataFrame:
+    """The evaluation table: a row a metric, with its interval, settings and the digests that made it."""
+    return pl.DataFrame(
+        [
+            {
+                "set": m.set, "task": m.task, "metric": m.metric, "value": m.value, "n": m.n, "low": m.low, "high": m.high,
+                "settings": json.dumps(m.settings, sort_keys=True, default=str), **provenance,
+            }
+            for m in metrics
+        ]
+    )  # fmt: skip
+
+
+def per_example(metrics: Sequence[Metric]) -> pl.DataFrame:
+    """What paired tests work from: a row an example and metric, `set, task, metric, key, value`."""
+    frames = [
+        pl.DataFrame({"key": list(m.keys), "value": m.per_example}).select(
+            pl.lit(m.set).alias("set"), pl.lit(m.task).alias("task"), pl.lit(m.metric).alias("metric"), "key", pl.col("value").cast(pl.Float32)
+        )
+        for m in metrics
+        if m.per_example is not None
+    ]
+    schema = {"set": pl.String, "task": pl.String, "metric": pl.String, "key": pl.String, "value": pl.Float32}
+    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)

@@ -1,0 +1,205 @@
+"""Real handwritten digits as image-text pairs: small pools in which the claims of three papers can show, or fail to.
+
+The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI optical recognition of handwritten digits). The seed draws
+597 of them as the split `test`, each with a text that names the digit, and of the others a training share. A pool is made of that share:
+
+- `plain`: every picture once, with a text that names its digit;
+- `zipf-junk`: pictures drawn so that the digits' frequencies fall as 1 / rank^2 (which digit has which rank is the seed's), and more than
+  a third of the texts replaced by camera file names that name nothing: what a crawl looks like (MetaCLIP);
+- `dense-classes`: three digits twelve times over with a little noise, the others once: concepts of unequal density (Density-Based Pruning);
+- `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, field_validator
+
+from diptych.core import chance
+from diptych.core.config import Config as BaseConfig
+from diptych.core.points import RawPair, Source
+
+Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids"]
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "septet", "octet", "nonet")
+"""Another word for each digit, which no text of any pool holds: what a model can only know from rewritten texts."""
+
+TEXTS = ("the number {}", "a handwritten {}", "digit {} in white on black", "somebody wrote {} here", "scan of the figure {}")
+TEST_TEXT = "the number {}"
+JUNK = ("IMG_{:04d}.JPG", "DSC{:05d}.jpg", "scan-{:05d}.png", "untitled ({})", "P10{:05d}")
+
+PICTURES, TEST = 1797, 597
+SIDE_PX, LEVELS = 8, 16
+PART_ROWS = 2000
+
+_Int = NDArray[np.int64]
+
+
+class Config(BaseConfig):
+    """A pool of handwritten digits; the seed draws the training share and the pool."""
+
+    method: Literal["digits"] = "digits"
+    pool: Pool = Field("plain", description="which pool to make of the training share")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="names the draws: which pictures are for training, the pool's classes, texts and noise"
+    )
+    train: int = Field(PICTURES - TEST, ge=10, le=PICTURES - TEST, description="pictures of the training share; never one of the test split")
+    size_px: int = Field(16, ge=SIDE_PX, le=256, description="side of the picture in pixels, a multiple of 8: every pixel becomes a square")
+    rows: int = Field(12_000, ge=10, le=1_000_000, description="zipf-junk: pairs of the pool")
+    exponent: float = Field(2.0, ge=0, le=10, description="zipf-junk: frequency of a class is 1 / rank^exponent")
+    junk: float = Field(0.35, ge=0, lt=1, description="zipf-junk: share of texts replaced by file names")
+    dense: tuple[int, ...] = Field((0, 4, 6), description="dense-classes: the digits that are repeated")
+    copies: int = Field(12, ge=1, le=1000, description="dense-classes: times that a repeated picture occurs")
+    noise: float = Field(0.5, ge=0, le=LEVELS, description="dense-classes: standard deviation of the noise, in grey levels of 16")
+
+    @field_validator("size_px")
+    @classmethod
+    def _whole_squares(cls, size_px: int) -> int:
+        if size_px % SIDE_PX:
+            raise ValueError(f"a multiple of {SIDE_PX}")
+        return size_px
+
+    @field_validator("dense")
+    @classmethod
+    def _are_digits(cls, dense: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(dense)) < len(dense) or not set(dense) <= set(range(10)):
+            raise ValueError("digits from 0 to 9, each at most once")
+        return dense
+
+    def build(self) -> Digits:
+        """The source. Needs nothing but scikit-learn's own data file."""
+        return Digits(self)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The pairs of a split before their pictures are drawn.
+
+    Attributes:
+        picture_N: int64 `[N]`, which of the 1,797.
+        texts: N texts.
+        noisy_N: bool `[N]`, the rows whose picture gets noise.
+    """
+
+    picture_N: _Int
+    texts: Sequence[str]
+    noisy_N: NDArray[np.bool_]
+
+
+class Digits(Source):
+    """Pairs with the extra columns `label` (0 to 9), `label_name` (its English word) and `meta.synonym` (another word for it)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def parts(self) -> Sequence[str]:
+        """`test`, then runs of 2,000 pairs of the pool."""
+        return ["test", *(f"train-{index:05d}" for index in range(-(-len(self._pool.texts) // PART_ROWS)))]
+
+    def read(self, part: str) -> Iterator[RawPair]:
+        """The pairs of one part. Keys tell the pool and the row; the same configuration gives the same bytes."""
+        split, _, number = part.partition("-")
+        rows = self._test if split == "test" else self._pool
+        first = int(number or 0) * PART_ROWS
+        last = min(first + PART_ROWS, len(rows.texts)) if number else len(rows.texts)
+        for row in range(first, last):
+            picture = int(rows.picture_N[row])
+            label = int(load()[1][picture])
+            name = f"test-{picture:04d}" if split == "test" else f"{self.config.pool}-{row:06d}"
+            yield RawPair(
+                key=f"digits-{name}",
+                image=self._noisy(picture, row) if rows.noisy_N[row] else _clean(picture, self.config.size_px),
+                captions=[(rows.texts[row], "alt")],
+                extra={"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]},
+                split=split,
+            )
+
+    @cached_property
+    def _order(self) -> _Int:
+        return chance.generator(self.config.seed, "digits split").permutation(PICTURES)
+
+    @cached_property
+    def _test(self) -> Rows:
+        picture_N = np.sort(self._order[:TEST])
+        return Rows(picture_N, [TEST_TEXT.format(WORDS[label]) for label in load()[1][picture_N]], np.zeros(len(picture_N), dtype=bool))
+
+    @cached_property
+    def _pool(self) -> Rows:
+        train_T = self._order[TEST : TEST + self.config.train]
+        draw = chance.generator(self.config.seed, f"digits {self.config.pool}")
+        match self.config.pool:
+            case "zipf-junk":
+                return self._zipf_junk(train_T, draw)
+            case "dense-classes":
+                return self._dense_classes(train_T, draw)
+            case "stock-ids":
+                numbers = draw.permutation(len(train_T)).tolist()
+                texts = [f"photo {WORDS[label]} stock id{number}" for label, number in zip(load()[1][train_T], numbers, strict=True)]
+                return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
+            case "plain":
+                return Rows(train_T, _texts(train_T, draw), np.zeros(len(train_T), dtype=bool))
+
+    def _zipf_junk(self, train_T: _Int, draw: np.random.Generator) -> Rows:
+        """Draws the class by rank, then one of its pictures; then hides texts."""
+        weight = np.arange(1, 11) ** -self.config.exponent
+        class_N = draw.permutation(10)[draw.choice(10, self.config.rows, p=weight / weight.sum())]
+        label_T = load()[1][train_T]
+        picture_N = np.zeros(self.config.rows, dtype=np.int64)
+        for label in range(10):
+            rows = np.flatnonzero(class_N == label)
+            picture_N[rows] = draw.choice(train_T[label_T == label], len(rows))
+        hidden = draw.random(self.config.rows) < self.config.junk
+        texts = [_junk(draw) if junk else text for text, junk in zip(_texts(picture_N, draw), hidden.tolist(), strict=True)]
+        return Rows(picture_N, texts, np.zeros(self.config.rows, dtype=bool))
+
+    def _dense_classes(self, train_T: _Int, draw: np.random.Generator) -> Rows:
+        """Repeats the dense classes in random order; only their copies are noisy."""
+        dense_T = np.isin(load()[1][train_T], self.config.dense)
+        picture_N = draw.permutation(np.concatenate([train_T[~dense_T], np.repeat(train_T[dense_T], self.config.copies)]))
+        return Rows(picture_N, _texts(picture_N, draw), np.isin(load()[1][picture_N], self.config.dense))
+
+    def _noisy(self, picture: int, row: int) -> bytes:
+        noise = chance.generator(self.config.seed, "digits noise", row).normal(0, self.config.noise, (SIDE_PX, SIDE_PX))
+        return _png(load()[0][picture] + noise, self.config.size_px)
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[NDArray[np.float64], _Int]:
+    """Pictures float64 `[1797, 8, 8]` in grey levels from 0 (black) to 16 (white), and their digits int64 `[1797]`."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images, data.target.astype(np.int64)
+
+
+def _texts(picture_N: _Int, draw: np.random.Generator) -> list[str]:
+    """A text a picture that names its digit, in one of a few forms."""
+    forms = draw.integers(0, len(TEXTS), len(picture_N)).tolist()
+    return [TEXTS[form].format(WORDS[label]) for form, label in zip(forms, load()[1][picture_N], strict=True)]
+
+
+def _junk(draw: np.random.Generator) -> str:
+    return JUNK[int(draw.integers(len(JUNK)))].format(int(draw.integers(10_000)))
+
+
+@lru_cache(maxsize=2 * PICTURES)
+def _clean(picture: int, size_px: int) -> bytes:
+    return _png(load()[0][picture], size_px)
+
+
+def _png(grey: NDArray[np.float64], size_px: int) -> bytes:
+    """An 8-bit grey PNG; every pixel of the 8 x 8 becomes a square."""
+    levels = np.rint(grey.clip(0, LEVELS) * (255 / LEVELS)).astype(np.uint8)
+    scale = size_px // SIDE_PX
+    file = io.BytesIO()
+    Image.fromarray(levels.repeat(scale, axis=0).repeat(scale, axis=1)).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,116 @@
+"""SemDeDup: inside feature clusters, drop every pair that has a near copy before it.
+
+Source: Abbas et al., SemDeDup: Data-efficient learning at web-scale through semantic deduplication (2023).
+Shape legend: N pairs in a batch, M members of a cluster in decision order, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from diptych.core.points import Fold, Need, PairMethod, Verdict
+from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of, verdict
+
+TILE_ROWS = 2048
+"""Rows and columns of the similarities held at once: 16 MiB of float32, however large a cluster is."""
+
+PAIRS_A_CLUSTER = 1000
+REASON = "near copy"
+
+
+class Config(ClusterConfig):
+    """SemDeDup. `clusters: null` takes one cluster per 1,000 pairs (at least 1, at most one per 20 sampled pairs)."""
+
+    method: Literal["semantic-dedup"] = "semantic-dedup"
+    epsilon: float = Field(0.05, gt=0, lt=2, description="cosine distance below which a pair is a copy; 0.05 to 0.3 in the paper's tables")
+    keep: Order = Field("hard", description="which copy stays: the farthest from its centroid (hard), the nearest (easy), or one drawn by key")
+
+    def build(self, seed: int) -> SemanticDedup:
+        """The method; `seed` names the sample, the first centroids and the order of `keep: random`."""
+        return SemanticDedup(self, seed)
+
+
+@dataclass(frozen=True)
+class SemanticDedup(PairMethod):
+    """Drops pair j iff its largest cosine to the pairs before it in its cluster exceeds `1 - epsilon`. One pass, not greedy.
+
+    The first pair of a cluster always stays. Memory: the fold's sample (`clusters.ClusterFold`), centroids of `4 K D` bytes,
+    and to decide, the whole clusters at hand plus one tile of similarities.
+    """
+
+    config: Config
+    seed: int
+    needs = frozenset[Need]({"captions", "features"})
+
+    def folds(self) -> Sequence[Fold]:
+        """One: the clusters, fitted to a keyed sample."""
+        return [ClusterFold(self.config, self.seed, default_clusters)]
+
+    def state_bytes(self, rows: int, width: int) -> int:
+        """Most memory of the state, for `rows` pairs with features of `width` floats: the merged sample, then the centroids."""
+        return self.config.state_bytes(rows, width, default_clusters)
+
+    def group(self, batch: pl.DataFrame, state: Clusters) -> NDArray[np.int64]:
+        """The cluster of every pair."""
+        return state.label(batch)
+
+    def apply(self, batch: pl.DataFrame, state: Clusters) -> Verdict:
+        """The verdict on whole clusters (column `group`); a rejected pair's score is its largest cosine to a pair before it."""
+        label_N = batch["group"].to_numpy()
+        features_ND = features_of(batch)
+        score_N = np.zeros(batch.height, dtype=np.float32)
+        rejected_N = np.zeros(batch.height, dtype=bool)
+        for member_M in decision_order(batch, label_N, state.similarity(batch, label_N), self.config.keep, self.seed):
+            score_N[member_M] = similarity_before(features_ND[torch.from_numpy(member_M)]).numpy()
+            rejected_N[member_M[1:]] = is_copy(score_N[member_M[1:]], self.config.epsilon)
+        return verdict(batch, rejected_N, REASON, score_N)
+
+    def report(self, state: Clusters) -> Mapping[str, Any]:
+        """How many clusters were made of how many pairs."""
+        return {"pairs": state.rows, "clusters": len(state.centroids_KD)}
+
+
+def default_clusters(rows: int) -> int:
+    """One cluster per 1,000 pairs: the products inside clusters then cost about as much as one pass of k-means."""
+    return max(1, rows // PAIRS_A_CLUSTER)
+
+
+def similarity_before(features_MD: torch.Tensor, tile_rows: int = TILE_ROWS) -> torch.Tensor:
+    """`m_j = max(0, max_{i<j} e_i . e_j)`, float32 `[M]`, for unit rows in decision order; 0 for the first.
+
+    The maximum down the columns of the strict upper triangle of `E E^T`, a tile at a time: `4 tile_rows^2` bytes, `M^2 D / 2`
+    multiplications. The floor at 0 is the paper's code, whose lower triangle is filled with zeros.
+    """
+    largest_M = torch.zeros(len(features_MD), dtype=features_MD.dtype, device=features_MD.device)
+    tiles = features_MD.split(tile_rows)
+    for j, column_TD in enumerate(tiles):
+        largest_T = largest_M[j * tile_rows :][: len(column_TD)]
+        for row_TD in tiles[:j]:
+            torch.maximum(largest_T, (row_TD @ column_TD.t()).amax(dim=0), out=largest_T)
+        torch.maximum(largest_T, (column_TD @ column_TD.t()).triu(diagonal=1).amax(dim=0), out=largest_T)
+    return largest_M
+
+
+def is_copy(similarity_M: NDArray[np.float32], epsilon: float) -> NDArray[np.bool_]:
+    """`m_j > 1 - epsilon`, compared in float64."""
+    return similarity_M.astype(np.float64) > 1 - epsilon
+
+
+def similarity_before_by_cluster(features_ND: torch.Tensor, clusters: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """`similarity_before` of every row of a data set; -2 in a cluster of one, as the paper's code marks what it cannot compare.
+
+    `clusters` lists the rows of every cluster in decision order.
+    """
+    largest_N = np.full(len(features_ND), -2, dtype=np.float32)
+    for member_M in clusters:
+        if len(member_M) > 1:
+            largest_N[member_M] = similarity_before(features_ND[torch.from_numpy(member_M)]).numpy()
+    return largest_N

@@ -1,0 +1,219 @@
+"""`diptych claim NAME`: a baseline and a method on the same seeds, one figure, and whether the effect showed.
+
+A claim file is a workflow with arms:
+
+    claim: metaclip
+    about: one sentence
+    seeds: [0, 1, 2]
+    base: {…a workflow…}
+    arms: {curated: {}, random: {"prune": [{"method": "random-subset", "count": "@rows:curated"}]}}
+    demands: [{better: curated, worse: random, metric: digits/zero-shot/acc1, least: 0.08}]
+
+An arm is a mapping of key path -> value over `base`; `@rows:ARM` stands for the number of training pairs that the other
+arm keeps with the same seed, so that arms are compared at equal size.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+from pydantic import Field
+
+from diptych.core import digest
+from diptych.core.config import Config, headline
+from diptych.core.errors import ConfigError, Problem, nearest
+from diptych.engine import sweeps
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.evaluate import intervals
+from diptych.pairs.dataset import PairDataset
+from diptych.workflow import spec, trials, yaml
+from diptych.workflow.project import Project
+
+ROWS = "@rows:"
+
+
+class Demand(Config):
+    """One comparison of a claim: `better - worse` on `metric` must be at least `least`, with an interval that leaves out zero."""
+
+    better: str
+    worse: str
+    metric: str = Field(description="`<set>/<task>/<metric>`")
+    least: float = Field(description="least mean difference that counts, in the metric's unit")
+    direction: Literal["higher", "lower"] = "higher"
+
+
+class ClaimFile(Config):
+    """A claim as its file says it."""
+
+    claim: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    about: str
+    paper: str = ""
+    headline: str = Field(default="", description="what the paper reports")
+    seeds: tuple[int, ...] = Field(min_length=3)
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any]] = Field(min_length=2)
+    demands: tuple[Demand, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one demand."""
+
+    demand: Demand
+    better: dict[int, float]
+    worse: dict[int, float]
+    estimate: intervals.Estimate
+
+    @property
+    def shown(self) -> bool:
+        """The mean difference reaches `least` and its interval leaves out zero."""
+        return self.estimate.mean >= self.demand.least and self.estimate.low > 0
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """The findings of a claim, and every arm's figures by seed."""
+
+    file: ClaimFile
+    findings: tuple[Finding, ...]
+    table: pl.DataFrame
+    wall_s: float = 0.0
+
+    @property
+    def shown(self) -> bool:
+        """Whether every demand was met."""
+        return all(finding.shown for finding in self.findings)
+
+
+def load(path: Path) -> ClaimFile:
+    """Reads and checks a claim file: its own keys, every arm as a workflow, names of arms. All problems at once."""
+    file = ClaimFile.parse(yaml.read(path), path.stem)
+    problems: list[Problem] = []
+    for name in file.arms:
+        try:
+            arm_workflow(file, name, file.seeds[0], path, {other: 1 for other in file.arms})
+        except ConfigError as error:
+            problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
+    for position, demand in enumerate(file.demands):
+        for role in (demand.better, demand.worse):
+            if role not in file.arms:
+                problems.append(Problem(f"demands.{position}", role, f"one of the arms {', '.join(file.arms)}", nearest(role, file.arms)))
+    if problems:
+        raise ConfigError(headline(len(problems)), problems)
+    return file
+
+
+def arm_workflow(file: ClaimFile, arm: str, seed: int, path: Path, rows: Mapping[str, int]) -> spec.Workflow:
+    """The workflow of one arm and seed; `rows` fills in `@rows:ARM`."""
+    raw = copy.deepcopy(file.base)
+    raw["seed"] = seed
+    for key, value in file.arms[arm].items():
+        spec.set_value(raw, key.split("."), _filled(value, rows), key)
+    return spec.check(raw, path, (f"arm={arm}",))
+
+
+def _filled(value: Any, rows: Mapping[str, int]) -> Any:
+    if isinstance(value, str) and value.startswith(ROWS):
+        return rows[value.removeprefix(ROWS)]
+    if isinstance(value, Mapping):
+        return {key: _filled(entry, rows) for key, entry in value.items()}
+    return [_filled(entry, rows) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def references(file: ClaimFile, arm: str) -> set[str]:
+    """The arms whose size an arm asks for."""
+    text = json.dumps(file.arms[arm])
+    return {other for other in file.arms if f'"{ROWS}{other}"' in text}
+
+
+@dataclass(frozen=True)
+class ArmTrial:
+    """One arm with one seed, from ingest to its figures; plain data, so that it travels to Tune's workers."""
+
+    file: ClaimFile
+    path: Path
+    root: Path
+
+    def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
+        """The arm's figures."""
+        arm, seed = str(setting["arm"]), int(setting["seed"])
+        project = Project(self.root)
+        name = f"claims/{self.file.claim}/{arm}-s{seed}"
+        rows = {other: self._rows(other, seed, name, project) for other in sorted(references(self.file, arm))}
+        workflow = arm_workflow(self.file, arm, seed, self.path, rows)
+        _, figures = trials.run(workflow, "evaluate", name, project)
+        values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
+        train_rows = float(figures["train"].get("rows", 0))
+        yield {**values, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
+
+    def _rows(self, arm: str, seed: int, name: str, project: Project) -> int:
+        workflow = arm_workflow(self.file, arm, seed, self.path, {})
+        store, _ = trials.run(workflow, "caption", f"{name}.like-{arm}", project)
+        pairs = PairDataset.open(store.folder("caption")).scan()
+        return int(pairs.filter(pl.col("split") == "train").select(pl.len()).collect().item())
+
+
+def run(path: Path, project: Project, session: Session, progress: Progress) -> ClaimResult:
+    """Runs every arm with every seed as one Tune sweep and judges the demands. Finished arms are taken from earlier runs."""
+    import time
+
+    started = time.monotonic()
+    file = load(path)
+    settings = [{"arm": arm, "seed": seed} for seed, arm in itertools.product(file.seeds, file.arms)]
+    scratch = project.scratch / f"claim-{file.claim}-{digest.short(digest.of_plain(file.plain()))}"
+    table = sweeps.Table(scratch / "results.jsonl")
+    table.path.unlink(missing_ok=True)  # arms are cached as runs, under keys that know the code; this table is not
+    progress.start("claim", f"{file.claim}: {len(settings)} trainings")
+    rows = sweeps.run(
+        ArmTrial(file, path, project.root), settings, {}, table, session, search="grid", scheduler="none", trials=len(settings),
+        metric=file.demands[0].metric, mode="max", seed=0, scratch=scratch / "tune",
+    )  # fmt: skip
+    progress.done(f"{file.claim}: {len(rows)} arms measured")
+    return ClaimResult(file, tuple(_judge(demand, rows) for demand in file.demands), _table(rows), time.monotonic() - started)
+
+
+def _judge(demand: Demand, rows: Sequence[Mapping[str, Any]]) -> Finding:
+    better, worse = (_by_seed(rows, arm, demand.metric) for arm in (demand.better, demand.worse))
+    low, high = (worse, better) if demand.direction == "higher" else (better, worse)
+    return Finding(demand, better, worse, intervals.difference(low, high))
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> dict[int, float]:
+    found = [row for row in rows if row["setting"]["arm"] == arm]
+    known = sorted({name for row in found for name in row["metrics"]})
+    if metric not in known:
+        raise ConfigError.at("A demand's metric is not measured", "demands", metric, f"one of {', '.join(known)}", nearest(metric, known))
+    return {int(row["setting"]["seed"]): float(row["metrics"][metric]) for row in found}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    flat = [{"arm": row["setting"]["arm"], "seed": row["setting"]["seed"], **row["metrics"]} for row in rows]
+    return pl.DataFrame(flat).sort("arm", "seed")
+
+
+def text(result: ClaimResult) -> str:
+    """The claim's outcome as a person reads it."""
+    file = result.file
+    lines = [f"{file.claim}: {file.about}", ""]
+    for finding in result.findings:
+        d, e = finding.demand, finding.estimate
+        word = "shown" if finding.shown else "NOT shown"
+        lines += [
+            f"  {d.metric}: {d.better} - {d.worse} = {e.mean:+.3f}, 95 % interval {e.low:+.3f} to {e.high:+.3f} over {len(finding.better)} seeds",
+            f"    {d.better}: {_values(finding.better)}    {d.worse}: {_values(finding.worse)}",
+            f"    demanded: at least {d.least:+.3f} and an interval without zero: {word}",
+        ]
+    lines += ["", f"  the effect {'showed' if result.shown else 'did NOT show'} ({result.wall_s:.0f} s)"]
+    return "\n".join(lines)
+
+
+def _values(by_seed: Mapping[int, float]) -> str:
+    return " ".join(f"{value:.3f}" for _, value in sorted(by_seed.items()))

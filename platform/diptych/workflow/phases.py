@@ -1,0 +1,242 @@
+"""The seven phases, each as one function from inputs on disk to an output on disk and a few figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from diptych import __version__
+from diptych.core import digest
+from diptych.core.config import Config
+from diptych.engine import evaluation, passes, training
+from diptych.engine.features import FeatureSpec
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.pairs.dataset import PairDataset
+from diptych.workflow import identity
+from diptych.workflow.spec import PAIR_PHASES, Workflow
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a phase works with: where inputs and outputs lie, where tasks run, where progress is shown."""
+
+    workflow: Workflow
+    folder: Callable[[str], Path]
+    session: Session
+    progress: Progress
+    scratch: Path
+    cache: Path
+
+    def dataset(self, phase: str) -> PairDataset:
+        """The pair dataset that a phase left."""
+        return PairDataset.open(self.folder(phase))
+
+
+def run(phase: str, bench: Bench) -> Figures:
+    """Runs one phase; its output is renamed into place at the end. Gives counts, seconds and peak memory for the record."""
+    started, processor = time.monotonic(), _processor_s()
+    bench.folder(phase).parent.mkdir(parents=True, exist_ok=True)
+    figures = _PHASES[phase](bench)
+    return {
+        **figures,
+        "wall_s": round(time.monotonic() - started, 3),
+        "driver_cpu_s": round(_processor_s() - processor, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _processor_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _ingest(bench: Bench) -> Figures:
+    from diptych.pairs.ingest import ingest_all
+
+    workflow = bench.workflow
+    dataset = ingest_all(
+        workflow.source.build(),  # type: ignore[attr-defined]
+        bench.folder("ingest"),
+        config=workflow.ingest,
+        seed=workflow.seed,
+        map=bench.session.map,
+        code=identity.code("ingest"),
+        version=__version__,
+        methods=(workflow.source.plain(),),
+    )
+    return _ledger(dataset)
+
+
+def _pairs(phase: str) -> Callable[[Bench], Figures]:
+    def work(bench: Bench) -> Figures:
+        workflow = bench.workflow
+        (before,) = identity.INPUTS[phase]
+        configs: Sequence[Config] = workflow.methods(phase)
+        dataset = passes.run(
+            bench.dataset(before), configs, phase, bench.folder(phase), seed=workflow.seed, session=bench.session,
+            scratch=bench.scratch, code=identity.code(phase), version=__version__, progress=bench.progress,
+            feature_specs=_feature_specs(configs, bench),
+        )  # fmt: skip
+        return {**_ledger(dataset), "captions_per_pair": _captions_per_pair(dataset)}
+
+    return work
+
+
+def _ledger(dataset: PairDataset) -> Figures:
+    ledger = dataset.manifest.ledger
+    left = [{"method": entry.method, "reason": entry.reason, "count": entry.count} for entry in ledger.left]
+    return {"pairs_in": ledger.pairs_in, "kept": ledger.kept, "left": left, "digest": dataset.digest, "report": dataset.manifest.phase.report}
+
+
+def _captions_per_pair(dataset: PairDataset) -> float:
+    value = dataset.scan().filter(pl.col("split") == "train").select(pl.col("captions").list.len().mean()).collect().item()
+    return round(float(value or 0.0), 3)
+
+
+def _feature_specs(configs: Sequence[Config], bench: Bench) -> dict[str, FeatureSpec]:
+    """The features that the methods of a phase ask for, by the name they use."""
+    specs = {}
+    for config in configs:
+        name = getattr(config, "features", None)
+        if name is None:
+            continue
+        weights = identity.of_output(Path(name.removeprefix("local-dir:"))) if "/" in name and Path(name.removeprefix("local-dir:")).is_dir() else ""
+        specs[name] = FeatureSpec(name=name, weights=weights, seed=bench.workflow.seed, cache=str(bench.cache / "features"))
+    return specs
+
+
+def _train(bench: Bench) -> Figures:
+    from diptych.train.config import TrainConfig
+
+    workflow, section = bench.workflow, bench.workflow.train
+    config = TrainConfig.parse({key: value for key, value in section.plain().items() if key in TrainConfig.model_fields})
+    job = training.Job(
+        dataset=bench.folder("caption").resolve(),
+        config=config,
+        model=section.model,
+        init=section.init,
+        objective=workflow.objective.plain(),
+        optimizer=workflow.optimizer.plain(),
+        out=bench.folder("train").resolve(),
+        scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), bench.dataset('caption').digest]))}").resolve(),
+        seed=workflow.seed,
+        workers=section.workers,
+    )
+    summary = training.run(job, bench.session, bench.progress)
+    log = job.scratch / "steps.jsonl"
+    kept_log = bench.folder("train").parent / ".records" / "steps.jsonl"
+    kept_log.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(str(log), kept_log)
+    shutil.rmtree(job.scratch, ignore_errors=True)
+    return {**summary, "digest": identity.of_output(job.out)}
+
+
+def _compress(bench: Bench) -> Figures:
+    from diptych.models import clip
+
+    source, out = bench.folder("train"), bench.folder("compress")
+    configs = bench.workflow.methods("compress")
+    if not configs:
+        hand_over(source, out)
+        return {"digest": identity.of_output(out)}
+    encoder = clip.load(source)
+    reports = {}
+    for config in configs:
+        compressor = config.build()  # type: ignore[attr-defined]
+        encoder = compressor.compress(encoder, _calibration(bench, encoder))
+        reports[str(config.plain()["method"])] = compressor.report(encoder) if hasattr(compressor, "report") else {}
+    lineage = {**json.loads((source / "lineage.json").read_text()), "compress": [config.plain() for config in configs]}
+    clip.save(encoder, out, lineage)
+    return {"report": reports, "digest": identity.of_output(out)}
+
+
+def _calibration(bench: Bench, encoder: Any, rows: int = 256) -> list[Mapping[str, Any]]:
+    """A few batches of training pairs, the first by key hash: what data-aware compressors measure activations on."""
+    import torch
+
+    from diptych.core.chance import key_hashes
+    from diptych.engine.features import pictures
+
+    dataset = bench.dataset("caption")
+    frame = dataset.read().filter(pl.col("split") == "train")
+    order = key_hashes(frame["key"]).argsort()[:rows]
+    frame = frame[order]
+    texts = [captions[0]["text"] for captions in frame["captions"]]
+    batches: list[Mapping[str, Any]] = []
+    for start, image_NCHW in zip(range(0, rows, 128), pictures(frame, dataset.reader(), encoder.image_size), strict=False):
+        text_NL = encoder.tokenizer.encode_cut(texts[start : start + len(image_NCHW)])
+        batches.append({"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL)})
+    return batches
+
+
+def _evaluate(bench: Bench) -> Figures:
+    workflow, out = bench.workflow, bench.folder("evaluate")
+    encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest"), bench.cache / "encoded")
+    name = str(workflow.source.plain()["method"])
+    metrics = evaluation.measure(encoder, workflow.benchmarks, name, workflow.seed)
+    provenance = {"model": digest.short(encoder.identity), "dataset": digest.short(encoder.dataset.digest), "code": digest.short(identity.code("evaluate"))}
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    evaluation.long_form(metrics, provenance).write_parquet(partial / "rows.parquet")
+    evaluation.per_example(metrics).write_parquet(partial / "examples.parquet")
+    if any(config.plain()["method"] == "retrieval" for config in workflow.benchmarks):
+        _retrieval_examples(workflow, encoder).write_parquet(partial / "retrieved.parquet")
+    sweep = _sweep(bench, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    values = {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in metrics}
+    return {"metrics": values, "sweep": sweep}
+
+
+def _retrieval_examples(workflow: Workflow, encoder: evaluation.StoredEncoder) -> pl.DataFrame:
+    from diptych.evaluate.retrieval import Config as RetrievalConfig
+    from diptych.evaluate.retrieval import examples
+
+    config = next(config for config in workflow.benchmarks if isinstance(config, RetrievalConfig))
+    return examples(encoder, encoder.dataset.read(), workflow.seed, count=8, config=config)
+
+
+def _sweep(bench: Bench, out: Path) -> Figures | None:
+    if bench.workflow.sweep is None:
+        return None
+    from diptych.workflow import sweep
+
+    return sweep.run(bench, out)
+
+
+def hand_over(source: Path, out: Path) -> None:
+    """An empty phase hands its input on: the same files under a second name, not copied where the file system allows."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+_PHASES: Mapping[str, Callable[[Bench], Figures]] = {
+    "ingest": _ingest,
+    **{phase: _pairs(phase) for phase in PAIR_PHASES},
+    "train": _train,
+    "compress": _compress,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,293 @@
+"""`diptych run`: plans, runs what has to run, records it, and says what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diptych.core import digest
+from diptych.engine.outbox import Outbox
+from diptych.engine.pipeline import StageState
+from diptych.engine.progress import Progress, duration
+from diptych.engine.session import Session
+from diptych.engine.tracking import Target, Tracker
+from diptych.workflow import identity, phases
+from diptych.workflow.project import Project
+from diptych.workflow.spec import PHASES, Workflow, check_resources
+from diptych.workflow.store import LockedStore, Store, open_store
+
+CURVES = {"loss": "train/loss", "accuracy": "train/accuracy", "lr": "train/lr", "logit_scale": "train/logit_scale", "samples_per_s": "train/samples_per_s"}
+HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out; none of it changes what comes out."""
+
+    address: str | None = None
+    in_process: bool = False
+    tracking_uri: str | None = None
+    quiet: bool = False
+    until: str = "evaluate"
+
+
+@dataclass
+class Outcome:
+    """What a run did: the figures of every phase, which were cached, and where the report lies."""
+
+    workflow: Workflow
+    name: str
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+    reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    wall_s: float = 0.0
+    report: Path | None = None
+    tracking: str = ""
+    unsent: int = 0
+    mlflow_run: str | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether nothing had to run."""
+        return not self.ran
+
+
+def run(workflow: Workflow, options: Options) -> Outcome:
+    """Runs a workflow to its end (or `options.until`) and gives the outcome; raises before anything starts when it cannot."""
+    started = time.monotonic()
+    if not options.address:
+        check_resources(workflow)
+    project = Project.find(workflow.path.parent)
+    store = open_store(project, workflow)
+    outcome = Outcome(workflow, store.name)
+    progress = Progress(quiet=options.quiet)
+    with store.locked(), Session(options.address, options.in_process) as session, terminated_as_interrupt():
+        recorder: Recorder | None = None
+        try:
+            for phase in PHASES[: PHASES.index(options.until) + 1]:
+                state = store.state(phase)
+                if state.changed and recorder is None:
+                    recorder = Recorder(project, store, workflow, options)
+                    recorder.open()
+                _one(phase, state, store, session, progress, recorder, outcome)
+            outcome.wall_s = time.monotonic() - started
+            _finish(store, outcome, recorder, progress)
+        except BaseException as error:
+            if recorder:
+                recorder.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+    outcome.wall_s = time.monotonic() - started
+    return outcome
+
+
+def _one(
+    phase: str, state: StageState, store: Store, session: Session, progress: Progress, recorder: Recorder | None, outcome: Outcome
+) -> None:
+    progress.start(phase)
+    if not state.changed:
+        outcome.figures[phase] = store.figures(phase)
+        progress.done(f"cached    {summary(phase, outcome.figures[phase])}")
+        return
+    assert recorder is not None
+    figures = run_phase(phase, store, session, progress, recorder)
+    outcome.figures[phase] = figures
+    outcome.ran.append(phase)
+    outcome.reasons[phase] = state.reasons
+    progress.done(f"{summary(phase, figures)}")
+
+
+def run_phase(phase: str, store: Store, session: Session, progress: Progress, recorder: Recorder | None) -> dict[str, Any]:
+    """Runs one phase into its store and records it; what `dvc repro` and `diptych run` share."""
+    project = store.project
+    bench = phases.Bench(store.workflow, store.folder, session, progress, project.scratch / store.name, project.cache)
+    child = recorder.phase(phase) if recorder else None
+    with heartbeat(store.home / ".records" / "heartbeat.json", phase):
+        figures = phases.run(phase, bench)
+    store.save(phase, figures)
+    if recorder and child:
+        recorder.record(phase, child, figures)
+    return figures
+
+
+def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress: Progress) -> None:
+    from diptych.workflow import report
+
+    path = store.home / "report.html"
+    if recorder or not path.exists():
+        with nullcontext() if progress.quiet else nullcontext():
+            outcome.report = report.write(store, outcome, path)
+    else:
+        outcome.report = path
+    if recorder:
+        recorder.finish(outcome)
+        outcome.unsent = recorder.close("FINISHED")
+        outcome.tracking = recorder.tracker.target.uri
+        outcome.mlflow_run = recorder.tracker.run_id(recorder.parent)
+
+
+def summary(phase: str, figures: Mapping[str, Any]) -> str:
+    """One line on what a phase did."""
+    if "pairs_in" in figures:
+        left = sum(entry["count"] for entry in figures.get("left", []))
+        reasons = ", ".join(f"{entry['reason']} {entry['count']:,}" for entry in figures.get("left", [])[:3])
+        captions = f", {figures['captions_per_pair']:.1f} captions a pair" if phase == "caption" else ""
+        return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
+    if phase == "train" and "samples_seen" in figures:
+        return f"{figures['samples_seen']:,} pictures seen, loss {figures.get('loss', float('nan')):.3f}"
+    if phase == "evaluate":
+        values = {key.rsplit("/", 1)[1]: entry for key, entry in figures.get("metrics", {}).items()}
+        return ", ".join(f"{name} {values[name]['value']:.1%}" for name in HEADLINES if name in values)
+    return "handed on" if phase == "compress" and not figures.get("report") else "done"
+
+
+class Recorder:
+    """Writes one workflow run to MLflow: a parent run, a child a phase."""
+
+    def __init__(self, project: Project, store: Store, workflow: Workflow, options: Options) -> None:
+        self.store, self.workflow = store, workflow
+        self.tracker = Tracker(Target.local(project.root, "diptych", options.tracking_uri), Outbox(project.outbox))
+        self.parent = ""
+
+    def open(self) -> None:
+        """Refuses an unreachable server, then begins the parent run."""
+        self.tracker.check()
+        self.tracker.flush(force=True)
+        workflow = self.workflow
+        tags = {"workflow": workflow.name, "run": self.store.name, "overrides": " ".join(workflow.overrides), "config": digest.short(workflow.digest)}
+        self.parent = self.tracker.start(self.store.name, tags={**tags, "seed": str(workflow.seed)})
+        self.tracker.params(self.parent, self._params())
+        self.tracker.watch_system(self.parent)
+
+    def _params(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for phase in PHASES:
+            values |= {key: value for key, value in self.workflow.params(phase).items() if value not in ([], {})}
+        return values
+
+    def phase(self, phase: str) -> str:
+        """Begins a child run."""
+        child = self.tracker.start(f"{self.store.name}/{phase}", parent=self.parent, tags={"phase": phase, "workflow": self.workflow.name})
+        params = self.workflow.params(phase)
+        self.tracker.params(child, params)
+        return child
+
+    def record(self, phase: str, child: str, figures: Mapping[str, Any]) -> None:
+        """Writes a finished phase: counts, curves, results, and the data sets it read."""
+        tracker = self.tracker
+        values = {f"time/{phase}_s": figures["wall_s"]}
+        if "kept" in figures:
+            values[f"data/{phase}/kept"] = figures["kept"]
+            values[f"data/{phase}/left"] = figures["pairs_in"] - figures["kept"]
+        if phase == "evaluate":
+            values |= {f"eval/{key}": entry["value"] for key, entry in figures["metrics"].items()}
+        for run in (child, self.parent):
+            tracker.metrics(run, values)
+        if phase == "train":
+            self._curves(child)
+            tracker.model(child, self.store.folder("train"), self.workflow.name)
+        for name in identity.INPUTS[phase]:
+            manifest = self.store.folder(name) / "manifest.json"
+            if manifest.exists():
+                tracker.dataset(child, f"{self.workflow.name}-{name}", identity.of_output(manifest.parent), manifest.parent.resolve().as_uri(), name)
+        tracker.end(child)
+        tracker.flush()
+
+    def _curves(self, child: str) -> None:
+        log = self.store.home / ".records" / "steps.jsonl"
+        if log.exists():
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+            for run in (child, self.parent):
+                self.tracker.series(run, records, CURVES)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Attaches the report and the evaluation table to the parent run."""
+        self.tracker.metrics(self.parent, {"time/total_s": outcome.wall_s})
+        if outcome.report:
+            self.tracker.artifact(self.parent, outcome.report)
+        rows = self.store.folder("evaluate") / "rows.parquet"
+        if rows.exists():
+            self.tracker.artifact(self.parent, rows)
+
+    def close(self, status: str) -> int:
+        """Ends the parent run; gives the events that MLflow does not have yet."""
+        if self.parent:
+            self.tracker.end(self.parent, status)
+        return self.tracker.close()
+
+
+@contextmanager
+def heartbeat(path: Path, phase: str, every_s: float = 10.0) -> Iterator[None]:
+    """Writes who works on what every few seconds, so that a run whose driver died can be told from one that works."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while True:
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "phase": phase, "time": time.time(), "every_s": every_s}))
+            partial.replace(path)
+            if stop.wait(every_s):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=1)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def table(outcome: Outcome) -> str:
+    """The short table at the end of a run."""
+    lines = ["", f"{outcome.name}: {'everything cached, nothing to do' if outcome.cached else 'done'} in {duration(outcome.wall_s)}", ""]
+    lines += [f"  {phase:<9} {'cached' if phase not in outcome.ran else 'ran':<7} {summary(phase, figures)}" for phase, figures in outcome.figures.items()]
+    metrics = outcome.figures.get("evaluate", {}).get("metrics", {})
+    if metrics:
+        lines += ["", f"  {'result':<44} {'value':>8}   95 % interval"]
+        lines += [
+            f"  {key:<44} {entry['value']:>8.3f}   {entry['low']:.3f} to {entry['high']:.3f}  (n = {entry['n']:,})" for key, entry in metrics.items()
+        ]
+    if outcome.report:
+        lines += ["", f"  report    {outcome.report}"]
+    if outcome.unsent:
+        lines += [f"  MLflow    did not answer: {outcome.unsent} events are kept and will be sent by the next run"]
+    return "\n".join(lines)
+
+
+def locked(store: Store) -> bool:
+    """Whether DVC remembers this run."""
+    return isinstance(store, LockedStore)
+
+
+def show(outcome: Outcome) -> None:
+    """Prints the table."""
+    sys.stdout.write(table(outcome) + "\n")

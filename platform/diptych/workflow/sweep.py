@@ -1,0 +1,137 @@
+"""A workflow's sweep: any value of the workflow as an axis, chosen on one split, reported on another."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from diptych.core import digest
+from diptych.core.errors import ConfigError, nearest
+from diptych.engine import evaluation, sweeps
+from diptych.engine.session import Session
+from diptych.pairs.dataset import PairDataset
+from diptych.workflow import identity, spec
+
+if TYPE_CHECKING:
+    from diptych.workflow.phases import Bench
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Everything that a setting's evaluation needs; plain data, so that it travels to Tune's workers."""
+
+    raw: dict[str, Any]
+    path: Path
+    model: Path
+    dataset: Path
+    cache: Path
+    runs: Path
+    choose_on: str
+    trains: bool
+    name: str
+
+    def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
+        """The metrics of a setting on the split that the winner is chosen on."""
+        for workflow, encoder in self._models(setting):
+            yield values(evaluation.measure(encoder, on_split(workflow, self.choose_on), self.name, workflow.seed))
+
+    def final(self, setting: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """The metrics of a setting as the workflow itself reports them, with intervals."""
+        workflow, encoder = list(self._models(setting))[-1]
+        found = evaluation.measure(encoder, workflow.benchmarks, self.name, workflow.seed)
+        return {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in found}
+
+    def workflow(self, setting: Mapping[str, Any]) -> spec.Workflow:
+        """The workflow with the setting applied and the sweep taken out: an ordinary experiment."""
+        raw = copy.deepcopy(self.raw)
+        raw["evaluate"] = {**raw["evaluate"], "sweep": None}
+        for key, value in setting.items():
+            spec.set_value(raw, key.split("."), value, key)
+        overrides = tuple(f"{key}={value}" for key, value in sorted(setting.items()))
+        return spec.check(raw, self.path, overrides)
+
+    def _models(self, setting: Mapping[str, Any]) -> Iterator[tuple[spec.Workflow, evaluation.StoredEncoder]]:
+        workflow = self.workflow(setting)
+        model = self.model
+        if self.trains:
+            from diptych.workflow import trials
+
+            model = trials.train(workflow, self.runs)
+        yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache)
+
+
+def run(bench: Bench, out: Path) -> dict[str, Any]:
+    """Runs the workflow's sweep: writes `sweep.parquet` to `out`, gives the winner and its figures."""
+    workflow = bench.workflow
+    config = workflow.sweep
+    assert config is not None
+    trial = Trial(
+        dict(workflow.raw), workflow.path, bench.folder("compress").resolve(), bench.folder("ingest").resolve(), (bench.cache / "encoded").resolve(),
+        bench.folder("train").parent.resolve(), config.choose_on, any(key.startswith("train.") for key in config.space),
+        str(workflow.source.plain()["method"]),
+    )  # fmt: skip
+    warm(trial, bench.session)
+    grid = [dict(zip(config.space, point, strict=True)) for point in itertools.product(*_choices(config))] if config.search == "grid" else None
+    made_from = [identity.of_output(bench.folder(phase)) for phase in ("compress", "ingest")] + [identity.code("evaluate")]
+    scratch = bench.scratch / f"sweep-{digest.short(digest.of_plain([config.plain(), workflow.digest, *made_from]))}"
+    rows = sweeps.run(
+        trial, grid, {key: _axis(axis) for key, axis in config.space.items()}, sweeps.Table(scratch / "results.jsonl"), bench.session,
+        search=config.search, scheduler=config.scheduler, trials=config.trials or 1, metric=config.metric, mode=config.mode,
+        seed=workflow.seed, scratch=scratch / "tune",
+    )  # fmt: skip
+    _check_metric(config.metric, rows)
+    rows.sort(key=lambda row: row["id"])
+    best = (max if config.mode == "max" else min)(rows, key=lambda row: row["metrics"][config.metric])
+    table(rows).write_parquet(out / "sweep.parquet")
+    return {
+        "metric": config.metric, "chosen_on": config.choose_on, "tried": len(rows), "winner": best["setting"],
+        "winner_value": best["metrics"][config.metric], "winner_metrics": trial.final(best["setting"]),
+    }  # fmt: skip
+
+
+def warm(trial: Trial, session: Session) -> None:
+    """Encodes the pictures once, before the trials share them."""
+    del session
+    if not trial.trains:
+        next(iter(trial({})))
+
+
+def _choices(config: spec.SweepConfig) -> list[tuple[Any, ...]]:
+    return [axis for axis in config.space.values() if isinstance(axis, tuple)]
+
+
+def _axis(axis: tuple[Any, ...] | spec.Range) -> Any:
+    return (axis.min, axis.max, axis.log) if isinstance(axis, spec.Range) else list(axis)
+
+
+def _check_metric(metric: str, rows: list[dict[str, Any]]) -> None:
+    known = sorted({name for row in rows for name in row["metrics"]})
+    if metric not in known:
+        raise ConfigError.at("The sweep's metric is not measured", "evaluate.sweep.metric", metric, f"one of {', '.join(known)}", nearest(metric, known))
+
+
+def on_split(workflow: spec.Workflow, split: str) -> list[dict[str, Any]]:
+    """The workflow's benchmarks, moved to another split."""
+    return [{**config.plain(), "split": split} for config in workflow.benchmarks]
+
+
+def values(metrics: Any) -> dict[str, float]:
+    """`<set>/<task>/<metric>` to value."""
+    return {f"{m.set}/{m.task}/{m.metric}": float(m.value) for m in metrics}
+
+
+def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """The sweep in long form: a row a setting and metric."""
+    return pl.DataFrame(
+        [
+            {"id": digest.short(row["id"]), "status": row["status"], "metric": name, "value": value, **{key: str(v) for key, v in row["setting"].items()}}
+            for row in rows
+            for name, value in sorted(row["metrics"].items())
+        ]
+    )

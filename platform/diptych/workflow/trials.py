@@ -1,0 +1,36 @@
+"""An ordinary experiment inside a trial: run in the trial's own process, found again by its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.workflow import phases
+from diptych.workflow.project import Project
+from diptych.workflow.spec import PHASES, Workflow
+from diptych.workflow.store import KeyedStore
+
+
+def run(workflow: Workflow, until: str, name: str | None = None, project: Project | None = None) -> tuple[KeyedStore, dict[str, dict[str, Any]]]:
+    """Runs a workflow up to a phase in this process and gives its store and figures. Phases that any run has made are taken over."""
+    project = project or Project.find(workflow.path.parent)
+    store = KeyedStore(project, workflow, name)
+    figures: dict[str, dict[str, Any]] = {}
+    with Session(in_process=True) as session:
+        for phase in PHASES[: PHASES.index(until) + 1]:
+            if not store.state(phase).changed:
+                figures[phase] = store.figures(phase)
+                continue
+            bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), project.scratch / store.name, project.cache)
+            figures[phase] = phases.run(phase, bench)
+            store.save(phase, figures[phase])
+    return store, figures
+
+
+def train(workflow: Workflow, runs: Path) -> Path:
+    """Trains (or finds) the model of a setting and gives its directory."""
+    del runs
+    store, _ = run(workflow, "compress")
+    return store.folder("compress")
