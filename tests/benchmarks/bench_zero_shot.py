@@ -28,7 +28,7 @@ from PIL import Image
 
 from diptych.evaluate.encode import ModelEncoder
 from diptych.evaluate.zero_shot import Config, logits
-from diptych.models.clip import DualEncoder
+from diptych.models import clip
 from diptych.pairs.schema import CAPTIONS
 
 PEER = "clip-benchmark==1.6.2"
@@ -106,7 +106,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     reference = open_clip.CLIP(**ARCHITECTURE).eval()
-    model = DualEncoder(reference)
+    model = clip.build(ARCHITECTURE).eval()
+    model.clip.load_state_dict(reference.state_dict())
     images, labels = pictures(options.pictures), np.arange(options.pictures) % len(NAMES)
     loader = torch.utils.data.DataLoader(Held(images, labels, image_transform(SIDE_PX, is_train=False)), batch_size=64)
     tokenizer = open_clip.SimpleTokenizer()

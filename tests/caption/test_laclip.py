@@ -170,7 +170,7 @@ def test_hard_captions_with_the_word_table() -> None:
     kept = Config().build(0).apply(frame, None).kept
     added = [len(texts(kept, row)) for row in range(kept.height)]
     assert added[0] == 0
-    assert added[1] == added[2] == 4
+    assert added[1] == added[2] == added[5] == 4
     assert added[4] == 0
     assert [added[row] + sum(kept[DROPPED][row].values()) for row in range(kept.height)] == [4] * kept.height
     assert kept[DROPPED][4]["identical"] == 4

@@ -90,6 +90,7 @@ def test_median_interval_agrees_with_the_bootstrap_of_the_median():
     expected = np.quantile(medians, [0.025, 0.975])
     assert [low, high] == pytest.approx(expected, rel=0.05)
     assert median_interval([3.0]) == (3.0, 3.0)
+    assert median_interval(np.arange(1, 11)) == (2.0, 9.0)  # the textbook's ranks of the sign test's interval
 
 
 def test_paired_joins_by_key_and_not_by_order():

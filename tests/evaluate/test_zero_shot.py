@@ -81,6 +81,7 @@ def test_benchmark_reports_what_the_definitions_say(noisy):
     assert rows["mean_per_class"].per_example.mean() == pytest.approx(rows["mean_per_class"].value)
     assert rows["log_loss"].value == pytest.approx(-log_softmax(20 * score, axis=1)[np.arange(70), label].mean(), rel=1e-5)
     assert (rows["acc1"].low, rows["acc1"].high) == interval(hit, 3)
+    assert (rows["mean_per_class"].low, rows["mean_per_class"].high) == interval(hit, 3, weights=class_weights(label))
     assert rows["acc5"].value == pytest.approx(top_k_accuracy_score(label, score, k=5))
     assert all((row.set, row.task, row.n, list(row.keys)) == ("animals", "zero-shot", 70, pairs["key"].to_list()) for row in rows.values())
 

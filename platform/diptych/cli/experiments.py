@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> int:
     from diptych.workflow.spec import PHASES
 
     if options.until not in PHASES:
-        raise ConfigError.at("There is no such phase", "--until", options.until, f"one of {', '.join(PHASES)}", nearest(options.until, PHASES))
+        raise ConfigError.at(
+            "There is no such phase", "--until", options.until, f"one of {', '.join(PHASES)}", nearest(options.until, PHASES)
+        )
     workflow = load(options)
     outcome = runs.run(workflow, runs.Options(options.address, options.in_process, options.tracking_uri, options.quiet, options.until))
     runs.show(outcome)

@@ -1,6 +1,6 @@
 """The command line: verbs and flags. Nothing heavy is imported until a verb runs.
 
-    diptych run quickstart train.optimizer.lr=3e-4
+diptych run quickstart train.optimizer.lr=3e-4
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _version() -> str:
     return f"diptych {__version__}"
 
 
-def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, call: str, epilog: str = "") -> argparse.ArgumentParser:
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, call: str, epilog: str = ""
+) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog)
     module, _, function = call.partition(":")
     parser.set_defaults(call=_later(module, function))
@@ -94,7 +96,9 @@ def _workflow(parser: argparse.ArgumentParser) -> None:
 
 
 def _tracking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or database; default: mlflow.db in the project, or $MLFLOW_TRACKING_URI")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow server or database; default: mlflow.db in the project, or $MLFLOW_TRACKING_URI"
+    )
 
 
 def _run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -130,8 +134,10 @@ def _question_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = verbs.add_parser("data", help="look at pair datasets, move them in and out", description="Looks at pair datasets and moves them in and out.")
-    data.set_defaults(call=lambda options: data.print_help() or 0)
+    data = verbs.add_parser(
+        "data", help="look at pair datasets, move them in and out", description="Looks at pair datasets and moves them in and out."
+    )
+    data.set_defaults(call=lambda options: data.print_help())
     kinds = data.add_subparsers(title="verbs", metavar="VERB")
     _verb(kinds, "ls", "list the pair datasets of this project", "data:ls")
     show = _verb(kinds, "show", "a dataset's counts, columns, ledger and first pairs", "data:show")

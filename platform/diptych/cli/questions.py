@@ -25,7 +25,7 @@ def compare(options: argparse.Namespace) -> int:
         return 0
     if len(options.runs) != 2:
         raise ConfigError.at("A comparison needs two runs", "compare", options.runs, "two names, e.g. quickstart quickstart+1a2b3c")
-    sys.stdout.write(comparisons.table(comparisons.compare(project, *options.runs, seed=options.seed)) + "\n")
+    sys.stdout.write(comparisons.table(comparisons.compare(project, options.runs[0], options.runs[1], options.seed)) + "\n")
     return 0
 
 
@@ -46,7 +46,9 @@ def methods(options: argparse.Namespace) -> int:
         return 0
     phases = list(dict.fromkeys(row.phase for row in rows.values()))
     if options.phase and options.phase not in phases:
-        raise ConfigError.at("There is no such phase", "--phase", options.phase, f"one of {', '.join(phases)}", nearest(options.phase, phases))
+        raise ConfigError.at(
+            "There is no such phase", "--phase", options.phase, f"one of {', '.join(phases)}", nearest(options.phase, phases)
+        )
     for phase in [options.phase] if options.phase else phases:
         sys.stdout.write(f"{phase}\n")
         for row in rows.values():

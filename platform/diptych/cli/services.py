@@ -20,7 +20,13 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     path = workflow.path.relative_to(project.root).as_posix()
-    job = jobs.Job(f"{workflow.name}-{workflow.digest.removeprefix('sha256:')[:8]}", path, workflow.overrides, options.root or str(project.root), options.tracking_uri)
+    job = jobs.Job(
+        f"{workflow.name}-{workflow.digest.removeprefix('sha256:')[:8]}",
+        path,
+        workflow.overrides,
+        options.root or str(project.root),
+        options.tracking_uri,
+    )
     return jobs.submit(job, pack, options.address, follow=not options.detach)
 
 
@@ -46,7 +52,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def completion(options: argparse.Namespace) -> int:
     """`diptych completion SHELL`."""
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    sys.stdout.write(argcomplete.shellcode(["diptych"], shell=options.shell))
+    sys.stdout.write(shellcode(["diptych"], shell=options.shell))
     return 0

@@ -82,5 +82,6 @@ def config_class(row: Row) -> type[Config]:
     """Imports the method's file and gives its `Config`."""
     module, _, attribute = row.config.partition(":")
     loaded: Any = getattr(importlib.import_module(module), attribute)
+    assert isinstance(loaded, type), f"{row.config} is not a class"
     assert issubclass(loaded, Config), f"{row.config} is not a Config"
     return loaded

@@ -147,24 +147,34 @@ class OptimizerConfig(Protocol):
     """Builds a standard `torch.optim.Optimizer`; says what curvature the loop must supply."""
 
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float:
+        """The peak learning rate."""
+        ...
 
     @property
-    def curvature(self) -> Curvature: ...
+    def curvature(self) -> Curvature:
+        """What the loop must supply beside gradients."""
+        ...
 
-    def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer: ...
+    def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups (`optimizers/groups.py` makes them)."""
+        ...
 
 
 class BatchSize(Protocol):
     """Chooses the next global batch size from gradient statistics of the step just made."""
 
-    def next(self, statistics: Mapping[str, float]) -> int: ...
+    def next(self, statistics: Mapping[str, float]) -> int:
+        """The global batch size of the next step."""
+        ...
 
 
 class TrainingTask(Protocol):
     """What the loop trains: turns a collated batch into losses. The default is contrastive (`train/contrastive.py`)."""
 
-    def losses(self, batch: Mapping[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]: ...
+    def losses(self, batch: Mapping[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+        """The scalar `loss` of a collated batch, with any named parts."""
+        ...
 
     def after_step(self) -> None:
         """Called after every optimizer update, e.g. to clamp the logit scale."""
@@ -177,7 +187,9 @@ class TrainingTask(Protocol):
 class Compressor(Protocol):
     """Makes a model smaller or sparser. Masks stay with the model as buffers, so that they are saved with it."""
 
-    def compress(self, model: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]]) -> nn.Module: ...
+    def compress(self, model: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]]) -> nn.Module:
+        """The compressed model; `calibration` holds batches (`image_NCHW` uint8, `text_NL` int64) from the training pairs."""
+        ...
 
 
 # ---------------------------------------------------------------- evaluate
@@ -211,7 +223,9 @@ class Encoder(Protocol):
     """A checkpoint as benchmarks see it: features, stored or made on demand. All features are float32 and L2-normalised."""
 
     @property
-    def logit_scale(self) -> float: ...
+    def logit_scale(self) -> float:
+        """The factor of the cosine in the logits."""
+        ...
 
     def images(self, pairs: pl.DataFrame) -> NDArray[np.float32]:
         """`[n, D]`, a row a pair, in the order of the frame."""
@@ -225,7 +239,9 @@ class Encoder(Protocol):
 class Adapter(Protocol):
     """Adaptation on stored features, in scikit-learn's shape. Test-time methods also have `update(features)`."""
 
-    def fit(self, features_ND: NDArray[np.float32], label_N: NDArray[np.int64], text_CD: NDArray[np.float32]) -> Adapter: ...
+    def fit(self, features_ND: NDArray[np.float32], label_N: NDArray[np.int64], text_CD: NDArray[np.float32]) -> Adapter:
+        """Learns from labelled features, starting from the zero-shot weights."""
+        ...
 
     def predict(self, features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores `[N, C]`."""

@@ -122,7 +122,11 @@ def per_example(metrics: Sequence[Metric]) -> pl.DataFrame:
     """What paired tests work from: a row an example and metric, `set, task, metric, key, value`."""
     frames = [
         pl.DataFrame({"key": list(m.keys), "value": m.per_example}).select(
-            pl.lit(m.set).alias("set"), pl.lit(m.task).alias("task"), pl.lit(m.metric).alias("metric"), "key", pl.col("value").cast(pl.Float32)
+            pl.lit(m.set).alias("set"),
+            pl.lit(m.task).alias("task"),
+            pl.lit(m.metric).alias("metric"),
+            "key",
+            pl.col("value").cast(pl.Float32),
         )
         for m in metrics
         if m.per_example is not None

@@ -77,7 +77,9 @@ def pictures(frame: pl.DataFrame, reader: ShardReader, size: int, batch: int = E
             try:
                 picture = decode_eval(reader.read(image["shard"], image["offset"], image["size"]), size)
             except DiptychError as error:
-                raise DataError.at("A picture cannot be decoded", f"{image['shard']} at {image['offset']}", key, "an image", str(error)) from error
+                raise DataError.at(
+                    "A picture cannot be decoded", f"{image['shard']} at {image['offset']}", key, "an image", str(error)
+                ) from error
             decoded[position] = np.moveaxis(picture, -1, 0)
         yield decoded
 
@@ -113,7 +115,9 @@ def _encoded(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDA
     encoder.to(device)
     parts = []
     with torch.inference_mode():
-        for image_NCHW in pictures(frame, reader, encoder.image_size):
-            parts.append(encoder.encode_image(torch.from_numpy(image_NCHW).to(device)).float().cpu().numpy())
+        parts.extend(
+            encoder.encode_image(torch.from_numpy(image_NCHW).to(device)).float().cpu().numpy()
+            for image_NCHW in pictures(frame, reader, encoder.image_size)
+        )
     width = parts[0].shape[1] if parts else 1
     return np.concatenate(parts) if parts else np.zeros((0, width), dtype=np.float32)

@@ -204,7 +204,7 @@ def _restore(place: Place, before: pl.DataFrame, kept: pl.DataFrame) -> pl.DataF
     kept = kept.drop([name for name in ("feature", "pixels", "group") if name in kept.columns])
     hidden = [name for name in before.columns if name.startswith(FEATURE)]
     order = before.select("key", *hidden).with_row_index("_order")
-    return order.join(kept, on="key", how="inner").sort("_order").select(*[c for c in kept.columns], *hidden)
+    return order.join(kept, on="key", how="inner").sort("_order").select(*kept.columns, *hidden)
 
 
 def _check(place: Place, before: pl.DataFrame, kept: pl.DataFrame, rejected: pl.DataFrame) -> None:
@@ -371,5 +371,3 @@ class _Return:
             _write(rows, self.place.scratch / f"left-{index:05d}.parquet")
         result = _restore(self.place, frame, pl.concat(kept)) if kept else frame.clear()
         return _write(result, path)
-
-

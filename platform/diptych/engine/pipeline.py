@@ -42,13 +42,17 @@ class Pipeline:
         logging.getLogger("dvc").setLevel(logging.ERROR)
         try:
             self._repo = Repo(str(root))
-            stages = {stage.addressing.partition("@")[0]: stage for stage in self._repo.stage.collect(f"{phases[-1]}@{workflow}", with_deps=True)}
+            stages = {
+                stage.addressing.partition("@")[0]: stage for stage in self._repo.stage.collect(f"{phases[-1]}@{workflow}", with_deps=True)
+            }
         except DvcException as error:
             raise ConfigError.at("DVC cannot read its pipeline", root / "dvc.yaml", str(error), f"a stage for {workflow!r} in every phase",
                                  f"list {workflow!r} under each `foreach` in dvc.yaml") from error  # fmt: skip
         missing = [phase for phase in phases if phase not in stages]
         if missing:
-            raise ConfigError.at("dvc.yaml lacks stages", root / "dvc.yaml", f"no {', '.join(missing)}", f"one stage a phase: {', '.join(phases)}")
+            raise ConfigError.at(
+                "dvc.yaml lacks stages", root / "dvc.yaml", f"no {', '.join(missing)}", f"one stage a phase: {', '.join(phases)}"
+            )
         self._stages: Mapping[str, Any] = {phase: stages[phase] for phase in phases}
 
     @contextmanager

@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 def prepare(pack: Path, home: Path) -> None:
-    """Lays the packed project's files into `home`, unless it is the very folder that was packed (a shared file system)."""
+    """Lays the packed project's files into `home`. A folder with `.git` is somebody's clone, and is left as it is."""
+    if (home / ".git").exists():
+        return
     home.mkdir(parents=True, exist_ok=True)
     for name in ("dvc.yaml", "workflows", ".dvc", ".dvcignore", "platform"):
         source, target = pack / name, home / name

@@ -131,7 +131,9 @@ def _search(
         work, keys = ray.get(shared)
         setting = {key: config[f"axis{i}"] for i, key in enumerate(keys)}
         for iteration, metrics in enumerate(work(setting), start=1):
-            tune.report({"score": metrics[metric], "iteration": iteration, "all": json.dumps(dict(metrics)), "setting": json.dumps(setting)})
+            tune.report(
+                {"score": metrics[metric], "iteration": iteration, "all": json.dumps(dict(metrics)), "setting": json.dumps(setting)}
+            )
 
     axes = {f"axis{i}": _axis(tune, space[name]) for i, name in enumerate(names)}
     config = tune.TuneConfig(
@@ -162,7 +164,11 @@ def _tuner(trial: Callable[[Mapping[str, Any]], None], space: Mapping[str, Any],
         logging.getLogger(name).setLevel(logging.ERROR)
     del seed
     run_config = tune.RunConfig(
-        name="sweep", storage_path=str(scratch.resolve()), verbose=0, progress_reporter=_Silent(), failure_config=tune.FailureConfig(max_failures=1)
+        name="sweep",
+        storage_path=str(scratch.resolve()),
+        verbose=0,
+        progress_reporter=_Silent(),
+        failure_config=tune.FailureConfig(max_failures=1),
     )
     return tune.Tuner(tune.with_resources(trial, {"cpu": 1}), param_space=dict(space), tune_config=config, run_config=run_config)
 

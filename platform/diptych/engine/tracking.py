@@ -230,3 +230,15 @@ def serve(target: Target, host: str, port: int) -> int:
         process.terminate()
         process.wait(timeout=10)
         return 0
+
+
+def newest_first(target: Target, query: str) -> list[dict[str, str]]:
+    """The tags of all runs of the target's experiment that match, the newest first."""
+    import mlflow
+
+    client = mlflow.MlflowClient(target.uri, target.uri)
+    experiment = client.get_experiment_by_name(target.experiment)
+    if experiment is None:
+        return []
+    runs = client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time DESC"], max_results=1000)
+    return [dict(run.data.tags) for run in runs]

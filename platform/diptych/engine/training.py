@@ -92,7 +92,9 @@ def _on_ray(job: Job, session: Session) -> dict[str, Any]:
         scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name=f"train-{job.seed}", storage_path=str((job.scratch / "ray").resolve()), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            name=f"train-{job.seed}",
+            storage_path=str((job.scratch / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
     result_path = job.scratch / "summary.json"

@@ -32,7 +32,9 @@ def names() -> list[str]:
 def find(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration of an architecture, with `overrides` merged into it. Raises ConfigError with the nearest name."""
     if name not in files():
-        raise ConfigError.at("Unknown model", "model", name, "an architecture of ours or of open_clip, or a directory", nearest(name, files()))
+        raise ConfigError.at(
+            "Unknown model", "model", name, "an architecture of ours or of open_clip, or a directory", nearest(name, files())
+        )
     config: dict[str, Any] = json.loads(files()[name].read_text(encoding="utf-8"))
     return merge(config, overrides or {})
 

@@ -43,7 +43,9 @@ def build_openai(state: Weights, dtype: torch.dtype, text_heads: int | None = No
         encoder = clip.build(config).to(dtype)
         encoder.clip.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
-        raise DataError.at("The weights are no CLIP of OpenAI's layout", "state", str(error), "the parameter names of openai/CLIP") from error
+        raise DataError.at(
+            "The weights are no CLIP of OpenAI's layout", "state", str(error), "the parameter names of openai/CLIP"
+        ) from error
     return encoder.eval()
 
 

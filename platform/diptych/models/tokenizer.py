@@ -13,7 +13,7 @@ import gzip
 import html
 import importlib.util
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -88,6 +88,32 @@ class Tokenizer:
         mask = np.zeros(text_NL.shape, dtype=np.bool_)
         mask[rows] = np.arange(self.context_length) < np.array(lengths, dtype=np.int64)[:, None]
         text_NL[mask] = flat
+
+
+class ForeignTokenizer:
+    """A tokenizer of open_clip that is not CLIP's own (SigLIP, Hugging Face), behind the same two methods. Never cuts."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], Any]) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Token ids int64 `[N, L]`."""
+        return np.asarray(self.tokenizer(list(texts)), dtype=np.int64)
+
+    encode_cut = encode
+
+
+def for_model(text_cfg: Mapping[str, Any], context_length: int) -> Tokenizer | ForeignTokenizer:
+    """The tokenizer that an open_clip text configuration asks for."""
+    name, options = text_cfg.get("hf_tokenizer_name"), text_cfg.get("tokenizer_kwargs", {})
+    if not name and not options:
+        return Tokenizer(context_length)
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    if not name:
+        return ForeignTokenizer(SimpleTokenizer(context_length=context_length, **options))
+    mode = text_cfg.get("tokenizer_mode")
+    return ForeignTokenizer(HFTokenizer(name, context_length=context_length, tokenizer_mode=mode, **options))
 
 
 def clean(text: str) -> str:

@@ -30,19 +30,23 @@ Box = tuple[int, int, int, int]
 """Left, top, width, height in pixels of the picture as it is stored."""
 
 
-def decode(data: bytes, where: str = "picture", max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(data: bytes, where: str = "picture", max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None = None) -> Pixels:
     """A whole picture `[H, W, 3]`, or `[H, W, 4]` if it has transparency; the first frame of an animation.
 
     Same pixels as Pillow's for every format (simplejpeg and Pillow both decode with libjpeg-turbo's exact defaults). Raises DataError
-    naming `where` if the bytes are no whole JPEG, PNG, WebP or GIF, or have more than `max_pixels` pixels.
+    naming `where` if the bytes are no whole JPEG, PNG, WebP or GIF, have more than `max_pixels` pixels, or have another
+    (width, height) than `size`.
     """
     shape = _jpeg_shape(data)
+    pixels = None
     if shape is not None:
         _check_pixels(shape[1], shape[0], where, max_pixels)
         pixels = _decode_jpeg(data)
-        if pixels is not None:
-            return pixels
-    return _decode_pillow(data, where, max_pixels)
+    if pixels is None:
+        pixels = _decode_pillow(data, where, max_pixels)
+    if size is not None:
+        _check_size((pixels.shape[1], pixels.shape[0]), size, where)
+    return pixels
 
 
 def decode_eval(data: bytes, size: int, where: str = "picture", background: Colour = WHITE, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -61,7 +65,7 @@ def decode_eval(data: bytes, size: int, where: str = "picture", background: Colo
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def decode_train(
+def decode_train(  # noqa: PLR0917
     data: bytes,
     size: int,
     box: Box,
@@ -82,9 +86,7 @@ def decode_train(
     """
     shape = _jpeg_shape(data)
     if shape is None:
-        whole = decode(data, where, max_pixels)
-        _check_size((whole.shape[1], whole.shape[0]), picture_size, where)
-        return crop(flatten(whole, background), size, box)
+        return crop(flatten(decode(data, where, max_pixels, picture_size), background), size, box)
     height, width = shape
     _check_size((width, height), picture_size, where)
     _check_pixels(width, height, where, max_pixels)
@@ -158,7 +160,9 @@ def _decode_pillow(data: bytes, where: str, max_pixels: int) -> Pixels:
     except DiptychError:
         raise
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, … on broken files
-        raise DataError.at("A picture cannot be decoded", where, f"<{len(data)} bytes: {error}>", "a whole JPEG, PNG, WebP or GIF") from error
+        raise DataError.at(
+            "A picture cannot be decoded", where, f"<{len(data)} bytes: {error}>", "a whole JPEG, PNG, WebP or GIF"
+        ) from error
 
 
 def _to_rgb(picture: Image.Image) -> Pixels:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.core.config import Config
 from diptych.core.errors import DataError
-from diptych.core.points import Fold, Verdict
+from diptych.core.points import Fold
 from diptych.prune.kmeans import assign, dot, spherical_kmeans
 
 Order = Literal["hard", "easy", "random"]
@@ -32,14 +32,19 @@ class ClusterConfig(Config):
 
     clusters: int | None = Field(None, ge=1, description="feature clusters; None: chosen from the number of pairs")
     iterations: int = Field(20, ge=1, description="most iterations of k-means")
-    sample: int = Field(100_000, ge=1, description="pairs whose features fit the centroids, drawn by key; the first fold holds twice as many")
-    features: str = Field("pixels", min_length=1, description="image features: `pixels`, `scout`, or an open_clip model by name or directory")
+    sample: int = Field(100_000, ge=1, description="pairs whose features fit the centroids, drawn by key")
+    features: str = Field("pixels", min_length=1, description="`pixels`, `scout`, or an open_clip model by name or directory")
 
     @model_validator(mode="after")
     def _sample_holds_the_clusters(self) -> Self:
         if self.clusters is not None and self.clusters > self.sample:
             raise ValueError(f"clusters ({self.clusters}) at most sample ({self.sample}): every centroid starts at a sampled pair")
         return self
+
+    def state_bytes(self, rows: int, width: int, choose: Callable[[int], int]) -> int:
+        """Most memory of the folds for `rows` pairs with features of `width` floats: samples being merged, or the centroids."""
+        sample = 3 * min(self.sample, rows) * (4 * width + 8)
+        return max(sample, (self.clusters or choose(rows)) * (4 * width + 32))
 
 
 @dataclass(frozen=True)
@@ -49,26 +54,26 @@ class Clusters:
     centroids_KD: NDArray[np.float32]
     rows: int
 
-    def label(self, batch: pl.DataFrame) -> NDArray[np.int64]:
-        """The cluster `[N]` of every pair of a batch; depends on the pair's feature alone."""
-        label_N, _ = assign(features_of(batch), torch.from_numpy(self.centroids_KD))
+    def label(self, features_ND: torch.Tensor) -> NDArray[np.int64]:
+        """The cluster `[N]` of every row; depends on the row alone."""
+        label_N, _ = assign(features_ND, tensor(self.centroids_KD))
         return label_N.numpy()
 
-    def similarity(self, batch: pl.DataFrame, label_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Cosine `[N]` of every pair to the centroid of its cluster, in [-1, 1]; depends on the pair alone."""
-        return dot(features_of(batch), torch.from_numpy(self.centroids_KD[label_N])).numpy()
+    def distance(self, features_ND: torch.Tensor, label_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Cosine distance `[N]`, in [0, 2] up to rounding, of every row to the centroid of its cluster; depends on the row alone."""
+        return 1 - dot(features_ND, tensor(self.centroids_KD[label_N])).numpy()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The pairs of smallest rank among `rows` seen; may hold up to twice as many as asked for, to merge in bulk."""
+    """The pairs of smallest rank among `rows` seen, sorted by rank (uint64)."""
 
     rows: int
     rank_S: NDArray[np.uint64]
     feature_SD: NDArray[np.float32]
 
     def smallest(self, limit: int) -> Sample:
-        """The `limit` rows of smallest rank, sorted by it."""
+        """The `limit` pairs of smallest rank, sorted by it."""
         order = np.argsort(self.rank_S)[:limit]
         return Sample(self.rows, self.rank_S[order], self.feature_SD[order])
 
@@ -81,7 +86,7 @@ class ClusterFold(Fold):
         seed: names the draw of the sample and of the first centroids.
         choose: number of clusters for a number of pairs, used when `config.clusters` is None.
 
-    A partial costs at most `sample * (4 D + 8)` bytes a batch, twice that when merged.
+    A partial costs at most `sample * (4 D + 8)` bytes, three times that while two are merged.
     """
 
     def __init__(self, config: ClusterConfig, seed: int, choose: Callable[[int], int]) -> None:
@@ -96,23 +101,27 @@ class ClusterFold(Fold):
     def merge(self, left: Sample, right: Sample) -> Sample:
         """The smallest ranks of both."""
         rows, limit = left.rows + right.rows, self.config.sample
-        # A full sample only takes what beats its largest rank: a late batch costs next to nothing.
-        fresh = right.rank_S < left.rank_S.max() if len(left.rank_S) >= limit else np.ones(len(right.rank_S), dtype=bool)
+        # A full sample only takes what beats its largest rank: late batches have little of that, and mostly nothing.
+        fresh = right.rank_S < left.rank_S[-1] if len(left.rank_S) == limit else np.ones(len(right.rank_S), dtype=bool)
         if not fresh.any():
             return Sample(rows, left.rank_S, left.feature_SD)
         rank_S = np.concatenate([left.rank_S, right.rank_S[fresh]])
-        joined = Sample(rows, rank_S, np.concatenate([left.feature_SD, right.feature_SD[fresh]]))
-        return joined if len(rank_S) <= 2 * limit else joined.smallest(limit)
+        return Sample(rows, rank_S, np.concatenate([left.feature_SD, right.feature_SD[fresh]])).smallest(limit)
 
     def finish(self, partial: Sample, state: Any) -> Clusters:
         """K-means on the sample, sorted by rank. Raises DataError if it holds fewer pairs than clusters were asked for."""
         del state
-        sample = partial.smallest(self.config.sample)
-        held = len(sample.rank_S)
+        held = len(partial.rank_S)
+        if held == 0:
+            raise DataError.at(
+                "There are no pairs to cluster", "the pair table", "0 pairs", "at least one pair", "look at what left before"
+            )
         wanted = self.config.clusters or min(self.choose(partial.rows), max(1, held // ROWS_PER_CENTROID))
         if wanted > held:
-            raise DataError.at("Fewer pairs than clusters", "clusters", wanted, f"at most {held}, the pairs there are", "lower it, or leave it out")
-        fit = spherical_kmeans(torch.from_numpy(sample.feature_SD), wanted, self.config.iterations, self.seed)
+            raise DataError.at(
+                "Fewer pairs than clusters", "clusters", wanted, f"at most {held}, the pairs there are", "lower it, or leave it out"
+            )
+        fit = spherical_kmeans(tensor(partial.feature_SD), wanted, self.config.iterations, self.seed)
         return Clusters(fit.centroids_KD.numpy(), partial.rows)
 
 
@@ -123,7 +132,9 @@ def features_of(batch: pl.DataFrame) -> torch.Tensor:
     """
     kind = batch.schema.get("feature")
     if not isinstance(kind, pl.Array) or kind.inner != pl.Float32:
-        raise DataError.at("The batch has no features", "column 'feature'", kind, "Array(Float32, D)", "supply the features that `features` names")
+        raise DataError.at(
+            "The batch has no features", "column 'feature'", kind, "Array(Float32, D)", "supply the features that `features` names"
+        )
     if batch["feature"].null_count():
         key = batch.filter(pl.col("feature").is_null())["key"][0]
         raise DataError.at("A pair has no feature", key, None, "a unit vector", "compute the features again")
@@ -132,13 +143,19 @@ def features_of(batch: pl.DataFrame) -> torch.Tensor:
     good_N = (np.abs(norm_N - 1) < 1e-3) | (norm_N == 0)
     if not good_N.all():
         first = int(np.flatnonzero(~good_N)[0])
-        raise DataError.at("A feature is not normalised", batch["key"][first], f"norm {norm_N[first]}", "a unit vector", "normalise the features")
-    # torch refuses to promise anything about read-only memory, and polars lends nothing else.
-    return torch.from_numpy(values_ND if values_ND.flags.writeable else values_ND.copy())
+        raise DataError.at(
+            "A feature is not normalised", batch["key"][first], f"norm {norm_N[first]}", "a unit vector", "normalise the features"
+        )
+    return tensor(values_ND)
+
+
+def tensor(values: NDArray[np.float32]) -> torch.Tensor:
+    """The array as a tensor; copied if it is read-only (as polars and Ray lend theirs), for torch knows no such memory."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def decision_order(
-    batch: pl.DataFrame, label_N: NDArray[np.int64], similarity_N: NDArray[np.float32], how: Order, seed: int
+    batch: pl.DataFrame, label_N: NDArray[np.int64], distance_N: NDArray[np.float32], how: Order, seed: int
 ) -> list[NDArray[np.int64]]:
     """The rows of every cluster in the batch, first come first kept; clusters by rising label.
 
@@ -147,17 +164,11 @@ def decision_order(
     """
     match how:
         case "hard":
-            rank = pl.Series(similarity_N)
+            rank = -pl.Series(distance_N)
         case "easy":
-            rank = -pl.Series(similarity_N)
+            rank = pl.Series(distance_N)
         case "random":
             rank = pl.Series(mix(seed, key_hash("prune.order"), key_hashes(batch["key"])))
     frame = pl.DataFrame({"label": label_N, "rank": rank, "key": batch["key"]})
     order_N = frame.select(pl.arg_sort_by("label", "rank", "key")).to_series().to_numpy().astype(np.int64)
     return np.split(order_N, np.flatnonzero(np.diff(label_N[order_N])) + 1) if len(order_N) else []
-
-
-def verdict(batch: pl.DataFrame, rejected_N: NDArray[np.bool_], reason: str, score_N: NDArray[np.floating[Any]]) -> Verdict:
-    """Splits a batch; every rejected pair gets the one reason and its score."""
-    rejected = pl.DataFrame({"key": batch["key"], "reason": pl.repeat(reason, batch.height, eager=True), "score": score_N.astype(np.float32)})
-    return Verdict(kept=batch.filter(~rejected_N), rejected=rejected.filter(rejected_N))

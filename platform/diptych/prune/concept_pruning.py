@@ -19,7 +19,8 @@ from pydantic import Field
 
 from diptych.core.errors import ConfigError
 from diptych.core.points import Fold, Need, PairMethod, Verdict
-from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, verdict
+from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of, tensor
+from diptych.prune.verdicts import verdict
 
 REASON = "over the concept's budget"
 PAIRS_A_CONCEPT = 100
@@ -37,9 +38,13 @@ class Config(ClusterConfig):
     keep: float = Field(gt=0, le=1, description="share of the pairs that stay")
     neighbours: int = Field(20, ge=1, description="nearest other centroids, whose mean distance is d_inter; K - 1 if there are fewer")
     tau: float = Field(0.1, gt=0, description="temperature of the softmax over complexities; the smaller, the more uneven the budgets")
-    complexity_mean: float | None = Field(None, gt=0, description="scale complexities to this mean, so that tau means the same for any features")
-    balance_ratio: float = Field(0, ge=0, le=1, description="floor of a budget as a share of the even budget; 0: one pair")
-    select: Order = Field("hard", description="which pairs of a concept stay: the farthest from its centroid (hard), the nearest (easy), random")
+    complexity_mean: float | None = Field(
+        None, gt=0, description="scale complexities to this mean, so that tau means the same for any features"
+    )
+    balance_ratio: float = Field(0.0, ge=0, le=1, description="floor of a budget as a share of the even budget; 0: one pair")
+    select: Order = Field(
+        "hard", description="which pairs of a concept stay: the farthest from its centroid (hard), the nearest (easy), random"
+    )
 
     def build(self, seed: int) -> ConceptPruning:
         """The method; `seed` names the sample, the first centroids and the draw of `select: random`."""
@@ -72,13 +77,10 @@ class BudgetFold(Fold):
         self.config = config
 
     def map(self, batch: pl.DataFrame, state: Clusters) -> NDArray[np.int64]:
-        """Pairs a concept, and their summed distance in units of `DISTANCE_UNIT`."""
-        label_N = state.label(batch)
-        distance_N = np.rint((1 - state.similarity(batch, label_N).astype(np.float64)) / DISTANCE_UNIT).astype(np.int64)
-        partial = np.zeros((2, len(state.centroids_KD)), dtype=np.int64)
-        np.add.at(partial[0], label_N, 1)
-        np.add.at(partial[1], label_N, distance_N)
-        return partial
+        """`distance_sums` of the batch."""
+        features_ND = features_of(batch)
+        label_N = state.label(features_ND)
+        return distance_sums(state.distance(features_ND, label_N), label_N, len(state.centroids_KD))
 
     def merge(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sum: exact, whatever the order."""
@@ -86,11 +88,9 @@ class BudgetFold(Fold):
 
     def finish(self, partial: NDArray[np.int64], state: Clusters) -> Budgets:
         """Complexity, shares and budgets. Raises ConfigError if `keep` is too small for the floors of the budgets."""
-        config, (size_K, units_K) = self.config, partial
-        with np.errstate(invalid="ignore"):
-            intra_K = units_K * DISTANCE_UNIT / size_K
-        inter_K = inter_distance(torch.from_numpy(state.centroids_KD), config.neighbours)
-        complexity_K = rescaled(filled(inter_K * intra_K), config.complexity_mean)
+        config, size_K = self.config, partial[0]
+        inter_K = inter_distance(tensor(state.centroids_KD), config.neighbours)
+        complexity_K = filled(complexity(inter_K, intra_distance(partial), config.complexity_mean))
         share_K = target_distribution(complexity_K, config.tau)
         keep_n = int(config.keep * int(size_K.sum()))
         lower_K, upper_K = budget_bounds(size_K, keep_n, config.balance_ratio)
@@ -98,7 +98,7 @@ class BudgetFold(Fold):
         if not max(1, lower_K.sum()) <= keep_n:
             raise ConfigError.at(
                 "The pairs to keep do not reach for all concepts", "keep", f"{config.keep}: {keep_n} of {size_K.sum()} pairs",
-                f"at least {max(1, lower_K.sum())} pairs, the floors of {len(size_K)} concepts", "raise keep, or lower clusters or balance_ratio",
+                f"at least {max(1, lower_K.sum())} pairs, the floors of {len(size_K)} concepts", "raise keep, or lower clusters",
             )  # fmt: skip
         exact_K = allocate(keep_n * share_K, lower_K, upper_K, keep_n)
         return Budgets(state, size_K, complexity_K, share_K, round_to_total(exact_K, keep_n))
@@ -125,18 +125,18 @@ class ConceptPruning(PairMethod):
 
     def group(self, batch: pl.DataFrame, state: Budgets) -> NDArray[np.int64]:
         """The concept of every pair."""
-        return state.clusters.label(batch)
+        return state.clusters.label(features_of(batch))
 
     def apply(self, batch: pl.DataFrame, state: Budgets) -> Verdict:
         """The verdict on whole concepts (column `group`); a rejected pair's score is its distance to the centroid."""
         label_N = batch["group"].to_numpy()
-        similarity_N = state.clusters.similarity(batch, label_N)
+        distance_N = state.clusters.distance(features_of(batch), label_N)
         rejected_N = np.ones(batch.height, dtype=bool)
-        for member_M in decision_order(batch, label_N, similarity_N, self.config.select, self.seed):
+        for member_M in decision_order(batch, label_N, distance_N, self.config.select, self.seed):
             concept = label_N[member_M[0]]
             assert len(member_M) == state.size_K[concept], "a concept came in pieces"
             rejected_N[member_M[: state.budget_K[concept]]] = False
-        return verdict(batch, rejected_N, REASON, 1 - similarity_N)
+        return verdict(batch, rejected_N, REASON, distance_N)
 
     def report(self, state: Budgets) -> Mapping[str, Any]:
         """Concepts, the spread of complexities, shares and budgets, and how many concepts stay whole."""
@@ -157,11 +157,19 @@ def default_concepts(rows: int) -> int:
     return min(MOST_CONCEPTS, max(1, rows // PAIRS_A_CONCEPT))
 
 
-def intra_distance(similarity_N: NDArray[np.float32], label_N: NDArray[np.int64], concepts: int) -> NDArray[np.float64]:
-    """`d_intra` `[K]`: mean of `1 - e_i . c_j` over a concept's members; NaN for a concept without any."""
-    distance_N = 1 - similarity_N.astype(np.float64)
+def distance_sums(distance_N: NDArray[np.float32], label_N: NDArray[np.int64], concepts: int) -> NDArray[np.int64]:
+    """Members of every concept and their summed distance to its centroid in units of `DISTANCE_UNIT`, int64 `[2, K]`."""
+    sums_2K = np.zeros((2, concepts), dtype=np.int64)
+    np.add.at(sums_2K[0], label_N, 1)
+    np.add.at(sums_2K[1], label_N, np.rint(distance_N / DISTANCE_UNIT).astype(np.int64))
+    return sums_2K
+
+
+def intra_distance(sums_2K: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`d_intra` `[K]`: mean of `1 - e_i . c_j` over a concept's members, from `distance_sums`; NaN for a concept without any."""
+    size_K, units_K = sums_2K
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.bincount(label_N, distance_N, minlength=concepts) / np.bincount(label_N, minlength=concepts))
+        return np.asarray(units_K * DISTANCE_UNIT / size_K)
 
 
 def inter_distance(centroids_KD: torch.Tensor, neighbours: int, block_rows: int = 1024) -> NDArray[np.float64]:
@@ -187,9 +195,10 @@ def filled(complexity_K: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(missing_K, complexity_K[~missing_K].mean() if not missing_K.all() else 0.0, complexity_K)
 
 
-def rescaled(complexity_K: NDArray[np.float64], mean: float | None) -> NDArray[np.float64]:
-    """Complexities scaled to a mean; as they are if no mean is asked for, or all are 0."""
-    present = float(complexity_K.mean())
+def complexity(inter_K: NDArray[np.float64], intra_K: NDArray[np.float64], mean: float | None = None) -> NDArray[np.float64]:
+    """`C = d_inter * d_intra` `[K]`, scaled to a mean over the concepts if one is given (and not all are 0); NaN stays NaN."""
+    complexity_K = inter_K * intra_K
+    present = float(filled(complexity_K).mean())
     return complexity_K if mean is None or present == 0 else complexity_K * (mean / present)
 
 
@@ -224,7 +233,9 @@ def allocate(target_K: NDArray[np.float64], lower_K: NDArray[np.int64], upper_K:
     `sum(lower) <= total <= sum(upper)`.
     """
     if not lower_K.sum() <= total <= upper_K.sum():
-        raise ConfigError.at("No allocation inside the bounds", "total", total, f"{lower_K.sum()} to {upper_K.sum()}", "change the total or the bounds")
+        raise ConfigError.at(
+            "No allocation inside the bounds", "total", total, f"{lower_K.sum()} to {upper_K.sum()}", "change the total or the bounds"
+        )
     knee = np.concatenate([lower_K - target_K, upper_K - target_K])
     order = np.argsort(knee, kind="stable")
     knee = knee[order]
@@ -232,7 +243,7 @@ def allocate(target_K: NDArray[np.float64], lower_K: NDArray[np.int64], upper_K:
     reached = lower_K.sum() + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(knee))])
     piece = min(int(np.searchsorted(reached, total, side="right")) - 1, len(knee) - 1)
     shift = knee[piece] + (total - reached[piece]) / slope[piece] if slope[piece] else knee[piece]
-    return np.clip(target_K + shift, lower_K, upper_K)
+    return np.asarray(np.clip(target_K + shift, lower_K, upper_K))
 
 
 def round_to_total(exact_K: NDArray[np.float64], total: int) -> NDArray[np.int64]:
@@ -251,12 +262,12 @@ def round_to_total(exact_K: NDArray[np.float64], total: int) -> NDArray[np.int64
     return budget_K
 
 
-def farthest_first(similarity_N: NDArray[np.float32], label_N: NDArray[np.int64], concepts: int) -> list[NDArray[np.int64]]:
+def farthest_first(distance_N: NDArray[np.float32], label_N: NDArray[np.int64], concepts: int) -> list[NDArray[np.int64]]:
     """The rows of every concept by falling distance to its centroid, ties in the order of the data set, as published.
 
     For a pool that lies in memory; over a pair table `decision_order` ranks, which breaks ties by key.
     """
-    order_N = np.lexsort((similarity_N, label_N))
+    order_N = np.lexsort((-distance_N, label_N))
     return np.split(order_N, np.cumsum(np.bincount(label_N, minlength=concepts))[:-1])
 
 

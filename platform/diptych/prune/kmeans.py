@@ -42,6 +42,7 @@ def spherical_kmeans(
     k: int,
     iterations: int,
     seed: int,
+    *,
     weights_N: torch.Tensor | None = None,
     tolerance: float = 1e-6,
     block_values: int = BLOCK_VALUES,
@@ -55,7 +56,9 @@ def spherical_kmeans(
     """
     candidates = torch.arange(len(features_ND)) if weights_N is None else weights_N.cpu().nonzero().squeeze(1)
     if not 1 <= k <= len(candidates):
-        raise ConfigError.at("Impossible number of clusters", "k", k, f"1 to {len(candidates)}, the rows with a weight", "lower the number of clusters")
+        raise ConfigError.at(
+            "Impossible number of clusters", "k", k, f"1 to {len(candidates)}, the rows with a weight", "lower the number of clusters"
+        )
     first = generator(seed, "spherical-kmeans").choice(len(candidates), k, replace=False, shuffle=False)
     centroids_KD = normalize(features_ND[candidates[torch.from_numpy(first)].to(features_ND.device)], dim=1)
     objectives: list[float] = []
@@ -122,7 +125,7 @@ def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, scores_BK: torch
     rival_UK = scores_BK[unsure_U] >= best_B[unsure_U, None] - slack
     exact_UK = torch.full(rival_UK.shape, -torch.inf, dtype=torch.float64, device=rival_UK.device)
     # Copies of one centroid make every row unsure: the pairs go in pieces, so that memory stays bounded even then.
-    for row_P, column_P in zip(*(index.split(len(block_BD)) for index in rival_UK.nonzero(as_tuple=True)), strict=True):
+    for row_P, column_P in zip(*(torch.split(index, max(len(block_BD), 1024)) for index in rival_UK.nonzero(as_tuple=True)), strict=True):
         exact_UK[row_P, column_P] = _dot64(block_BD[unsure_U[row_P]], centroids_KD[column_P])
     label_B[unsure_U] = exact_UK.argmax(dim=1)
     return label_B

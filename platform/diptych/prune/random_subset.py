@@ -11,10 +11,11 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from diptych.core import chance
+from diptych.core.chance import key_hashes, uniform
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import Fold, PairMethod, Verdict
+from diptych.prune.verdicts import verdict
 
 REASON = "not drawn"
 
@@ -39,10 +40,10 @@ class Config(BaseConfig):
 
 @dataclass(frozen=True)
 class Draws:
-    """The `count` smallest words among `rows` pairs, uint64: 8 bytes a pair to keep."""
+    """The `count` smallest draws among `rows` pairs, float64: 8 bytes a pair to keep."""
 
     rows: int
-    word_S: NDArray[np.uint64]
+    smallest_S: NDArray[np.float64]
 
 
 class SmallestDraws(Fold):
@@ -58,22 +59,24 @@ class SmallestDraws(Fold):
 
     def merge(self, left: Draws, right: Draws) -> Draws:
         """The smallest of both."""
-        return self._smallest(left.rows + right.rows, np.concatenate([left.word_S, right.word_S]))
+        return self._smallest(left.rows + right.rows, np.concatenate([left.smallest_S, right.smallest_S]))
 
-    def finish(self, partial: Draws, state: Any) -> np.uint64:
+    def finish(self, partial: Draws, state: Any) -> float:
         """The `count`-th smallest draw. Raises DataError if there are fewer pairs."""
         del state
         if partial.rows < self.count:
-            raise DataError.at("Fewer pairs than are to be drawn", "count", self.count, f"at most {partial.rows}, the pairs there are", "lower it")
-        return np.uint64(partial.word_S.max())
+            raise DataError.at(
+                "Fewer pairs than are to be drawn", "count", self.count, f"at most {partial.rows}, the pairs there are", "lower it"
+            )
+        return float(partial.smallest_S.max())
 
-    def _smallest(self, rows: int, word_N: NDArray[np.uint64]) -> Draws:
-        return Draws(rows, np.partition(word_N, self.count - 1)[: self.count] if len(word_N) > self.count else word_N)
+    def _smallest(self, rows: int, draw_N: NDArray[np.float64]) -> Draws:
+        return Draws(rows, np.partition(draw_N, self.count - 1)[: self.count] if len(draw_N) > self.count else draw_N)
 
 
 @dataclass(frozen=True)
 class RandomSubset(PairMethod):
-    """Keeps a pair iff its draw from `(seed, key)` is small enough. A rejected pair's score is its draw, in [0, 1)."""
+    """Keeps a pair iff its draw from `(seed, key)` is small enough. A rejected pair's score is its draw."""
 
     config: Config
     seed: int
@@ -87,19 +90,16 @@ class RandomSubset(PairMethod):
         del width
         return 16 * min(self.config.count or 0, rows)
 
-    def apply(self, batch: pl.DataFrame, state: np.uint64 | None) -> Verdict:
-        """The verdict on a batch; `state` is the largest draw that stays, None for a share."""
-        word_N = draws(batch, self.seed)
-        uniform_N = (word_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        kept_N = uniform_N < self.config.keep if self.config.keep is not None else word_N <= state
-        rejected = pl.DataFrame({"key": batch["key"], "reason": pl.repeat(REASON, batch.height, eager=True), "score": uniform_N.astype(np.float32)})
-        return Verdict(kept=batch.filter(kept_N), rejected=rejected.filter(~kept_N))
+    def apply(self, batch: pl.DataFrame, state: Any) -> Verdict:
+        """The verdict on a batch; `state` is the largest draw that stays; for a share there is none."""
+        draw_N = draws(batch, self.seed)
+        return verdict(batch, draw_N >= self.config.keep if self.config.keep is not None else draw_N > state, REASON, draw_N)
 
-    def report(self, state: np.uint64 | None) -> Mapping[str, Any]:
-        """The share that was asked for, or the threshold that gives the number."""
-        return {"keep": self.config.keep} if state is None else {"count": self.config.count, "threshold": float(state) * 2.0**-64}
+    def report(self, state: float | None) -> Mapping[str, Any]:
+        """The share that was asked for, or the number and the threshold that gives it."""
+        return {"keep": self.config.keep} if state is None else {"count": self.config.count, "threshold": state}
 
 
-def draws(batch: pl.DataFrame, seed: int) -> NDArray[np.uint64]:
-    """A uniform word `[N]` a pair, from `(seed, key)` alone."""
-    return chance.mix(seed, chance.key_hashes(batch["key"]))
+def draws(batch: pl.DataFrame, seed: int) -> NDArray[np.float64]:
+    """A uniform draw `[N]` in [0, 1) a pair, from `(seed, key)` alone."""
+    return uniform(seed, key_hashes(batch["key"]))

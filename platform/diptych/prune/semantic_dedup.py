@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diptych.core.points import Fold, Need, PairMethod, Verdict
-from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of, verdict
+from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of
+from diptych.prune.verdicts import verdict
 
 TILE_ROWS = 2048
 """Rows and columns of the similarities held at once: 16 MiB of float32, however large a cluster is."""
@@ -31,7 +32,9 @@ class Config(ClusterConfig):
 
     method: Literal["semantic-dedup"] = "semantic-dedup"
     epsilon: float = Field(0.05, gt=0, lt=2, description="cosine distance below which a pair is a copy; 0.05 to 0.3 in the paper's tables")
-    keep: Order = Field("hard", description="which copy stays: the farthest from its centroid (hard), the nearest (easy), or one drawn by key")
+    keep: Order = Field(
+        "hard", description="which copy stays: the farthest from its centroid (hard), the nearest (easy), or one drawn by key"
+    )
 
     def build(self, seed: int) -> SemanticDedup:
         """The method; `seed` names the sample, the first centroids and the order of `keep: random`."""
@@ -60,7 +63,7 @@ class SemanticDedup(PairMethod):
 
     def group(self, batch: pl.DataFrame, state: Clusters) -> NDArray[np.int64]:
         """The cluster of every pair."""
-        return state.label(batch)
+        return state.label(features_of(batch))
 
     def apply(self, batch: pl.DataFrame, state: Clusters) -> Verdict:
         """The verdict on whole clusters (column `group`); a rejected pair's score is its largest cosine to a pair before it."""
@@ -68,7 +71,7 @@ class SemanticDedup(PairMethod):
         features_ND = features_of(batch)
         score_N = np.zeros(batch.height, dtype=np.float32)
         rejected_N = np.zeros(batch.height, dtype=bool)
-        for member_M in decision_order(batch, label_N, state.similarity(batch, label_N), self.config.keep, self.seed):
+        for member_M in decision_order(batch, label_N, state.distance(features_ND, label_N), self.config.keep, self.seed):
             score_N[member_M] = similarity_before(features_ND[torch.from_numpy(member_M)]).numpy()
             rejected_N[member_M[1:]] = is_copy(score_N[member_M[1:]], self.config.epsilon)
         return verdict(batch, rejected_N, REASON, score_N)
@@ -90,7 +93,7 @@ def similarity_before(features_MD: torch.Tensor, tile_rows: int = TILE_ROWS) -> 
     multiplications. The floor at 0 is the paper's code, whose lower triangle is filled with zeros.
     """
     largest_M = torch.zeros(len(features_MD), dtype=features_MD.dtype, device=features_MD.device)
-    tiles = features_MD.split(tile_rows)
+    tiles = torch.split(features_MD, tile_rows)
     for j, column_TD in enumerate(tiles):
         largest_T = largest_M[j * tile_rows :][: len(column_TD)]
         for row_TD in tiles[:j]:

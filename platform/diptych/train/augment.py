@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from diptych.core import chance
 from diptych.core.config import Config
-from diptych.pairs.decode import Colour, Pixels
+from diptych.pairs.decode import Box, Colour, Pixels
 
 TRIES = 10
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -77,14 +77,19 @@ class Draws:
     contrast_N: NDArray[np.float64]
     colour_N33: NDArray[np.float64]
 
-    def background(self, row: int) -> Colour:
-        """The background of one picture as Pillow wants it."""
-        red, green, blue = self.background_N3[row].tolist()
+    def box(self, place: int) -> Box:
+        """The crop of one picture of the batch."""
+        left, top, width, height = self.box_N4[place].tolist()
+        return left, top, width, height
+
+    def background(self, place: int) -> Colour:
+        """The background of one picture of the batch."""
+        red, green, blue = self.background_N3[place].tolist()
         return red, green, blue
 
 
 def draw(
-    config: AugmentConfig, seed: int, epoch: int, key_N: NDArray[np.uint64], width_N: NDArray[np.int64], height_N: NDArray[np.int64]
+    config: AugmentConfig, seed: int, epoch: int, *, key_N: NDArray[np.uint64], width_N: NDArray[np.int64], height_N: NDArray[np.int64]
 ) -> Draws:
     """The draws of one visit to N pictures, named by the hashes of their keys and given by their sizes in pixels."""
 
@@ -99,7 +104,7 @@ def draw(
     if config.background == "random":
         background_N3 = (chance.uniform(seed, epoch, BACKGROUND, key_N[:, None], np.arange(3, dtype=np.uint64)) * 256).astype(np.uint8)
     return Draws(
-        box_N4=crop_boxes(config, seed, epoch, key_N, width_N, height_N),
+        box_N4=crop_boxes(config, seed, epoch, key_N=key_N, width_N=width_N, height_N=height_N),
         flip_N=(chance_of(FLIP) < 0.5) & config.flip,
         angle_N=around(ANGLE, 0, config.rotate_deg),
         background_N3=background_N3,
@@ -110,7 +115,7 @@ def draw(
 
 
 def crop_boxes(
-    config: AugmentConfig, seed: int, epoch: int, key_N: NDArray[np.uint64], width_N: NDArray[np.int64], height_N: NDArray[np.int64]
+    config: AugmentConfig, seed: int, epoch: int, *, key_N: NDArray[np.uint64], width_N: NDArray[np.int64], height_N: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Random crops int64 `[N, 4]` (left, top, width, height), all inside their pictures.
 

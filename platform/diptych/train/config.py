@@ -23,13 +23,17 @@ class TrainConfig(Config):
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest L2 norm of the gradient; none: never clipped")
     ema: float | None = Field(default=None, gt=0, lt=1, description="decay a step of averaged weights; if set, they are what is saved")
 
-    caption: Literal["uniform", "first"] = Field(default="uniform", description="one of a pair's captions, drawn anew each visit, or its first")
+    caption: Literal["uniform", "first"] = Field(
+        default="uniform", description="one of a pair's captions, drawn anew each visit, or its first"
+    )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")
     avoid: str | None = Field(default=None, description="a column, e.g. label: no two pairs of one batch have the same value in it")
 
     loader_workers: int = Field(default=0, ge=0, le=256, description="threads that read and decode ahead; 0: none, everything in line")
     cache_bytes: int = Field(default=1 << 30, ge=0, description="if all decoded pictures fit, they are kept in memory at full size")
-    threads: int = Field(default=1, ge=1, le=1024, description="torch threads a process; part of the arithmetic, so not taken from the machine")
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="torch threads a process; part of the arithmetic, so not taken from the machine"
+    )
     log_every: int = Field(default=10, ge=1, description="steps between two records of steps.jsonl")
     checkpoint_every_s: float = Field(default=60.0, ge=0, description="seconds between two checkpoints; 0: every step")
     checkpoint_every_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints, beside the seconds")

@@ -31,7 +31,11 @@ class BatchOrder:
     def __init__(self, rows: int, batch_size: int, seed: int, avoid: pl.Series | None = None) -> None:
         if rows < batch_size:
             raise ConfigError.at(
-                "The data set is smaller than one batch", "batch_size", batch_size, f"at most {rows}, the number of pairs", "lower batch_size"
+                "The data set is smaller than one batch",
+                "batch_size",
+                batch_size,
+                f"at most {rows}, the number of pairs",
+                "lower batch_size",
             )
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.steps_per_epoch = rows // batch_size

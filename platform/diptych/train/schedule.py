@@ -49,7 +49,7 @@ class ScheduleConfig(Config):
                 return lambda step: constant_with_cooldown(step, base_lr, warmup, total, cooldown, self.cooldown_power, self.final_lr)
             case "laclip":
                 table = laclip_schedule(base_lr, self.final_lr, 1, total, warmup / total, self.start_lr)
-                return lambda step: float(table[step])
+                return lambda step: table.item(step)
 
 
 def cosine(step: int, base_lr: float, warmup: int, total: int, final_lr: float = 0.0) -> float:
@@ -59,7 +59,7 @@ def cosine(step: int, base_lr: float, warmup: int, total: int, final_lr: float =
     return final_lr + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) * (base_lr - final_lr)
 
 
-def constant_with_cooldown(
+def constant_with_cooldown(  # noqa: PLR0917
     step: int, base_lr: float, warmup: int, total: int, cooldown_steps: int, cooldown_power: float = 1.0, cooldown_end_lr: float = 0.0
 ) -> float:
     """Linear warm-up, then `base_lr`, then a polynomial decay over the last `cooldown_steps` to `cooldown_end_lr` at step `total`."""
@@ -71,7 +71,7 @@ def constant_with_cooldown(
     return (1 - into_cooldown / cooldown_steps) ** cooldown_power * (base_lr - cooldown_end_lr) + cooldown_end_lr
 
 
-def laclip_schedule(
+def laclip_schedule(  # noqa: PLR0917
     base: float, final: float, epochs: int, iters_per_epoch: int, warmup_epochs: float = 0, start: float = 0.0
 ) -> NDArray[np.float64]:
     """LaCLIP's learning rate of every iteration, float64 `[epochs * iters_per_epoch]`.

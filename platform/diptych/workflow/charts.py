@@ -15,7 +15,10 @@ def line(title: str, xs: Sequence[float], ys: Sequence[float]) -> str:
     xs, ys = xs[::stride], ys[::stride]
     low, high = min(ys), max(ys)
     x_low, x_high = min(xs), max(xs)
-    points = " ".join(f"{_scale(x, x_low, x_high, LEFT, WIDTH - 8):.1f},{_scale(y, low, high, HEIGHT - BOTTOM, TOP):.1f}" for x, y in zip(xs, ys, strict=True))
+    points = " ".join(
+        f"{_scale(x, x_low, x_high, LEFT, WIDTH - 8):.1f},{_scale(y, low, high, HEIGHT - BOTTOM, TOP):.1f}"
+        for x, y in zip(xs, ys, strict=True)
+    )
     labels = (
         f"<text x='{LEFT - 6}' y='{TOP + 4}' text-anchor='end'>{high:.3g}</text><text x='{LEFT - 6}' y='{HEIGHT - BOTTOM}' text-anchor='end'>{low:.3g}</text>"
         f"<text x='{LEFT}' y='{HEIGHT - 6}'>{x_low:,.0f}</text><text x='{WIDTH - 8}' y='{HEIGHT - 6}' text-anchor='end'>{x_high:,.0f}</text>"
@@ -43,7 +46,9 @@ def shares(values: Mapping[str, float], width: int = 680) -> str:
     parts, legend, x = [], [], 0.0
     for position, (name, value) in enumerate(values.items()):
         colour, length = COLOURS[position % len(COLOURS)], value / total * width
-        parts.append(f"<rect x='{x:.1f}' y='0' width='{length:.1f}' height='18' fill='{colour}'><title>{html.escape(name)} {value / total:.1%}</title></rect>")
+        parts.append(
+            f"<rect x='{x:.1f}' y='0' width='{length:.1f}' height='18' fill='{colour}'><title>{html.escape(name)} {value / total:.1%}</title></rect>"
+        )
         legend.append(f"<span style='color:{colour}'>■</span> {html.escape(name)} {value / total:.1%}")
         x += length
     return f"<p class='note'>of a training step: {' &nbsp; '.join(legend)}</p><svg viewBox='0 0 {width} 18' width='100%' height='18'>{''.join(parts)}</svg>"

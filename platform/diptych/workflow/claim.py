@@ -99,7 +99,7 @@ def load(path: Path) -> ClaimFile:
     problems: list[Problem] = []
     for name in file.arms:
         try:
-            arm_workflow(file, name, file.seeds[0], path, {other: 1 for other in file.arms})
+            arm_workflow(file, name, file.seeds[0], path, dict.fromkeys(file.arms, 1))
         except ConfigError as error:
             problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
     for position, demand in enumerate(file.demands):

@@ -41,7 +41,9 @@ def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:
     for phase in ("ingest", "curate", "prune", "caption", "train", "compress", "evaluate"):
         left, right = _flat(a.record(phase).get("params", {})), _flat(b.record(phase).get("params", {}))
         if left and right:
-            changed |= {key: (left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)}
+            changed |= {
+                key: (left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)
+            }
     return changed
 
 

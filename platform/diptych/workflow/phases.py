@@ -97,7 +97,13 @@ def _pairs(phase: str) -> Callable[[Bench], Figures]:
 def _ledger(dataset: PairDataset) -> Figures:
     ledger = dataset.manifest.ledger
     left = [{"method": entry.method, "reason": entry.reason, "count": entry.count} for entry in ledger.left]
-    return {"pairs_in": ledger.pairs_in, "kept": ledger.kept, "left": left, "digest": dataset.digest, "report": dataset.manifest.phase.report}
+    return {
+        "pairs_in": ledger.pairs_in,
+        "kept": ledger.kept,
+        "left": left,
+        "digest": dataset.digest,
+        "report": dataset.manifest.phase.report,
+    }
 
 
 def _captions_per_pair(dataset: PairDataset) -> float:
@@ -112,7 +118,11 @@ def _feature_specs(configs: Sequence[Config], bench: Bench) -> dict[str, Feature
         name = getattr(config, "features", None)
         if name is None:
             continue
-        weights = identity.of_output(Path(name.removeprefix("local-dir:"))) if "/" in name and Path(name.removeprefix("local-dir:")).is_dir() else ""
+        weights = (
+            identity.of_output(Path(name.removeprefix("local-dir:")))
+            if "/" in name and Path(name.removeprefix("local-dir:")).is_dir()
+            else ""
+        )
         specs[name] = FeatureSpec(name=name, weights=weights, seed=bench.workflow.seed, cache=str(bench.cache / "features"))
     return specs
 
@@ -130,7 +140,9 @@ def _train(bench: Bench) -> Figures:
         objective=workflow.objective.plain(),
         optimizer=workflow.optimizer.plain(),
         out=bench.folder("train").resolve(),
-        scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), bench.dataset('caption').digest]))}").resolve(),
+        scratch=(
+            bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), bench.dataset('caption').digest]))}"
+        ).resolve(),
         seed=workflow.seed,
         workers=section.workers,
     )
@@ -186,7 +198,11 @@ def _evaluate(bench: Bench) -> Figures:
     encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest"), bench.cache / "encoded")
     name = str(workflow.source.plain()["method"])
     metrics = evaluation.measure(encoder, workflow.benchmarks, name, workflow.seed)
-    provenance = {"model": digest.short(encoder.identity), "dataset": digest.short(encoder.dataset.digest), "code": digest.short(identity.code("evaluate"))}
+    provenance = {
+        "model": digest.short(encoder.identity),
+        "dataset": digest.short(encoder.dataset.digest),
+        "code": digest.short(identity.code("evaluate")),
+    }
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -129,7 +129,9 @@ def _few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:
 
     frame = dataset.read().filter(pl.col("split") == "train")
     frame = frame[key_hashes(frame["key"]).argsort()[:rows]]
-    with DatasetWriter(out, dataset.manifest.phase, [dataset.digest], dataset.manifest.shards, pairs_in=frame.height, shards_root=dataset.root) as writer:
+    with DatasetWriter(
+        out, dataset.manifest.phase, [dataset.digest], dataset.manifest.shards, pairs_in=frame.height, shards_root=dataset.root
+    ) as writer:
         writer.add(frame, None)
         return writer.finish()
 
@@ -171,7 +173,7 @@ def _step_seconds(log: Path) -> float:
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [record["step_s"] + record["data_wait_s"] for record in records]
-    return statistics.median(steps[1:] or steps)
+    return float(statistics.median(steps[1:] or steps))
 
 
 def _predict_evaluation(workflow: Workflow, dataset: PairDataset) -> Cost:
@@ -193,7 +195,11 @@ def _predict_evaluation(workflow: Workflow, dataset: PairDataset) -> Cost:
 
 def text(store: Store, lines: Sequence[Line]) -> str:
     """The plan as a table."""
-    out = [f"plan of {store.name} ({digest.short(store.workflow.digest)})", "", f"  {'phase':<9} {'':<7} {'rows':>9} {'steps':>7} {'time':>12} {'memory':>9}  why"]
+    out = [
+        f"plan of {store.name} ({digest.short(store.workflow.digest)})",
+        "",
+        f"  {'phase':<9} {'':<7} {'rows':>9} {'steps':>7} {'time':>12} {'memory':>9}  why",
+    ]
     for line in lines:
         c = line.cost
         word = "runs" if line.state.changed else "cached"

@@ -61,10 +61,17 @@ def _results(outcome: Outcome) -> str:
     if not metrics:
         return ""
     rows = [
-        [key, f"{m['value']:.3f}", charts.interval(m["value"], m["low"], m["high"]) if 0 <= m["value"] <= 1 else f"{m['low']:.3g} to {m['high']:.3g}", f"{m['n']:,}"]
+        [
+            key,
+            f"{m['value']:.3f}",
+            charts.interval(m["value"], m["low"], m["high"]) if 0 <= m["value"] <= 1 else f"{m['low']:.3g} to {m['high']:.3g}",
+            f"{m['n']:,}",
+        ]
         for key, m in metrics.items()
     ]
-    return section("Results", "Bars show the 95 % bootstrap interval over examples.", table(["figure", "value", "interval", "n"], rows, raw=(2,)))
+    return section(
+        "Results", "Bars show the 95 % bootstrap interval over examples.", table(["figure", "value", "interval", "n"], rows, raw=(2,))
+    )
 
 
 def _corridor(outcome: Outcome) -> str:
@@ -73,7 +80,9 @@ def _corridor(outcome: Outcome) -> str:
         figures = outcome.figures.get(phase)
         if figures is None:
             continue
-        what = f"{figures['kept']:,} pairs" if "kept" in figures else f"{figures['samples_seen']:,} seen" if "samples_seen" in figures else ""
+        what = (
+            f"{figures['kept']:,} pairs" if "kept" in figures else f"{figures['samples_seen']:,} seen" if "samples_seen" in figures else ""
+        )
         state = "ran" if phase in outcome.ran else "cached"
         methods = ", ".join(str(method.get("method", "")) for method in _methods(outcome, phase)) or "nothing to do"
         boxes.append(f"<li class='{state}'><b>{phase}</b><span>{html.escape(methods)}</span><span>{what}</span><small>{state}</small></li>")
@@ -100,7 +109,9 @@ def _ledger(store: Store, outcome: Outcome) -> str:
         rows += [["", "", f"−{entry['count']:,}", f"{entry['reason']} ({entry['method']})"] for entry in figures.get("left", [])]
         pictures.append(_rejected(store, phase))
     shown = "".join(pictures)
-    return section("The ledger", "Every pair that came in was kept or left for a reason.", table(["phase", "in", "kept / left", "why"], rows) + shown)
+    return section(
+        "The ledger", "Every pair that came in was kept or left for a reason.", table(["phase", "in", "kept / left", "why"], rows) + shown
+    )
 
 
 def _rejected(store: Store, phase: str) -> str:
@@ -117,7 +128,9 @@ def _rejected(store: Store, phase: str) -> str:
     for (method, reason), frame in sorted(reasons.items(), key=lambda item: -item[1].height):
         few = frame.sort("key").gather_every(max(1, frame.height // REJECTS_SHOWN)).head(REJECTS_SHOWN)
         figures = "".join(_figure(reader, row) for row in few.iter_rows(named=True))
-        parts.append(f"<h3>{phase}: {html.escape(str(reason))} ({html.escape(str(method))}, {frame.height:,})</h3><div class='sheet'>{figures}</div>")
+        parts.append(
+            f"<h3>{phase}: {html.escape(str(reason))} ({html.escape(str(method))}, {frame.height:,})</h3><div class='sheet'>{figures}</div>"
+        )
     return "".join(parts)
 
 
@@ -168,11 +181,16 @@ def _retrieval(store: Store) -> str:
     rows = []
     for row in pl.read_parquet(path).iter_rows(named=True):
         found = "".join(
-            f"<span class='{'hit' if key == row['query_key'] else 'miss'}'>{thumbnail(reader, images[key], 48)}</span>" for key in row["top_keys"]
+            f"<span class='{'hit' if key == row['query_key'] else 'miss'}'>{thumbnail(reader, images[key], 48)}</span>"
+            for key in row["top_keys"]
         )
         rank = "found first" if row["right"] else f"found at {row['rank_of_target']:,}"
         rows.append([html.escape(row["text"]), thumbnail(reader, images[row["query_key"]], 48), found, rank])
-    return section("Retrieval, right and wrong", "The text, its picture, the five pictures found first.", table(["text", "picture", "found", ""], rows, raw=(0, 1, 2)))
+    return section(
+        "Retrieval, right and wrong",
+        "The text, its picture, the five pictures found first.",
+        table(["text", "picture", "found", ""], rows, raw=(0, 1, 2)),
+    )
 
 
 def _sweep(store: Store, outcome: Outcome) -> str:
@@ -185,7 +203,11 @@ def _sweep(store: Store, outcome: Outcome) -> str:
     rows = [[f"{row['value']:.4f}", *(str(row[axis])[:80] for axis in axes)] for row in frame.head(20).iter_rows(named=True)]
     text = f"{sweep['tried']} settings, chosen on {sweep['chosen_on']}, by {sweep['metric']}."
     final = [[key, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}"] for key, m in sweep["winner_metrics"].items()]
-    return section("Sweep", text, table([sweep["metric"], *axes], rows) + "<h3>The winner as reported</h3>" + table(["figure", "value", "interval"], final))
+    return section(
+        "Sweep",
+        text,
+        table([sweep["metric"], *axes], rows) + "<h3>The winner as reported</h3>" + table(["figure", "value", "interval"], final),
+    )
 
 
 def _time(outcome: Outcome) -> str:
@@ -194,7 +216,14 @@ def _time(outcome: Outcome) -> str:
         figures = outcome.figures.get(phase, {})
         if "wall_s" in figures:
             predicted = figures.get("predicted_s")
-            rows.append([phase, duration(figures["wall_s"]), duration(predicted) if predicted is not None else "", f"{figures['peak_memory_bytes'] / 2**20:,.0f} MiB"])
+            rows.append(
+                [
+                    phase,
+                    duration(figures["wall_s"]),
+                    duration(predicted) if predicted is not None else "",
+                    f"{figures['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                ]
+            )
     shares = outcome.figures.get("train", {}).get("shares", {})
     bars = charts.shares({name: float(value) for name, value in shares.items()}) if shares else ""
     return section("Where time went", "", table(["phase", "actual", "predicted", "driver's peak memory"], rows) + bars)
@@ -214,5 +243,7 @@ def section(title: str, text: str, body: str) -> str:
 def table(names: Sequence[str], rows: Iterable[Sequence[str]], raw: Sequence[int] = ()) -> str:
     """An HTML table; cells are escaped except in the columns listed in `raw`."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{cell if i in raw else html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell if i in raw else html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,16 @@ from diptych.engine.session import Session
 from diptych.engine.tracking import Target, Tracker
 from diptych.workflow import identity, phases
 from diptych.workflow.project import Project
-from diptych.workflow.spec import PHASES, Workflow, check_resources
-from diptych.workflow.store import LockedStore, Store, open_store
+from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
+from diptych.workflow.store import PlainStore, Store, open_store
 
-CURVES = {"loss": "train/loss", "accuracy": "train/accuracy", "lr": "train/lr", "logit_scale": "train/logit_scale", "samples_per_s": "train/samples_per_s"}
+CURVES = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "lr": "train/lr",
+    "logit_scale": "train/logit_scale",
+    "samples_per_s": "train/samples_per_s",
+}
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -124,8 +130,7 @@ def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress:
 
     path = store.home / "report.html"
     if recorder or not path.exists():
-        with nullcontext() if progress.quiet else nullcontext():
-            outcome.report = report.write(store, outcome, path)
+        outcome.report = report.write(store, outcome, path)
     else:
         outcome.report = path
     if recorder:
@@ -150,6 +155,43 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     return "handed on" if phase == "compress" and not figures.get("report") else "done"
 
 
+def phase(workflow: Workflow, name: str) -> None:
+    """Runs one phase by itself: the command of a DVC stage, which holds DVC's lock and writes `dvc.lock` itself."""
+    project = Project.find(workflow.path.parent)
+    store = PlainStore(project, workflow, workflow.name)
+    progress = Progress()
+    with Session(os.environ.get("RAY_ADDRESS")) as session, terminated_as_interrupt():
+        progress.start(name)
+        figures = run_phase(name, store, session, progress, None)
+        progress.done(summary(name, figures))
+
+
+def contributions(store: Store, outcome: Outcome) -> list[str]:
+    """What each phase did to the pairs, the captions and the figures, in a sentence each."""
+    figures, lines = outcome.figures, []
+    for name in ("ingest", *PAIR_PHASES):
+        found = figures.get(name)
+        if not found or not (store.workflow.methods(name) if name != "ingest" else True):
+            continue
+        left = found["pairs_in"] - found["kept"]
+        text = f"{name}: {found['pairs_in']:,} pairs in, {left:,} left ({left / max(1, found['pairs_in']):.1%}), {found['wall_s']:.1f} s"
+        if name == "caption":
+            before = figures.get("prune", {}).get("captions_per_pair", 0)
+            text += f"; captions a pair from {before:.1f} to {found['captions_per_pair']:.1f}"
+        lines.append(text)
+    train = figures.get("train", {})
+    if "samples_seen" in train:
+        lines.append(
+            f"train: {train['samples_seen']:,} pictures seen, {train.get('samples_per_s', 0):,.0f} a second, loss {train.get('loss', 0):.3f}, {train['wall_s']:.1f} s"
+        )
+    sweep = figures.get("evaluate", {}).get("sweep")
+    if sweep:
+        lines.append(
+            f"sweep: {sweep['tried']} settings on {sweep['chosen_on']}; {sweep['winner']} gives {sweep['metric']} {sweep['winner_value']:.3f} there"
+        )
+    return lines
+
+
 class Recorder:
     """Writes one workflow run to MLflow: a parent run, a child a phase."""
 
@@ -163,7 +205,12 @@ class Recorder:
         self.tracker.check()
         self.tracker.flush(force=True)
         workflow = self.workflow
-        tags = {"workflow": workflow.name, "run": self.store.name, "overrides": " ".join(workflow.overrides), "config": digest.short(workflow.digest)}
+        tags = {
+            "workflow": workflow.name,
+            "run": self.store.name,
+            "overrides": " ".join(workflow.overrides),
+            "config": digest.short(workflow.digest),
+        }
         self.parent = self.tracker.start(self.store.name, tags={**tags, "seed": str(workflow.seed)})
         self.tracker.params(self.parent, self._params())
         self.tracker.watch_system(self.parent)
@@ -198,7 +245,9 @@ class Recorder:
         for name in identity.INPUTS[phase]:
             manifest = self.store.folder(name) / "manifest.json"
             if manifest.exists():
-                tracker.dataset(child, f"{self.workflow.name}-{name}", identity.of_output(manifest.parent), manifest.parent.resolve().as_uri(), name)
+                tracker.dataset(
+                    child, f"{self.workflow.name}-{name}", identity.of_output(manifest.parent), manifest.parent.resolve().as_uri(), name
+                )
         tracker.end(child)
         tracker.flush()
 
@@ -234,7 +283,9 @@ def heartbeat(path: Path, phase: str, every_s: float = 10.0) -> Iterator[None]:
     def beat() -> None:
         while True:
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "phase": phase, "time": time.time(), "every_s": every_s}))
+            partial.write_text(
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "phase": phase, "time": time.time(), "every_s": every_s})
+            )
             partial.replace(path)
             if stop.wait(every_s):
                 return
@@ -269,23 +320,22 @@ def terminated_as_interrupt() -> Iterator[None]:
 def table(outcome: Outcome) -> str:
     """The short table at the end of a run."""
     lines = ["", f"{outcome.name}: {'everything cached, nothing to do' if outcome.cached else 'done'} in {duration(outcome.wall_s)}", ""]
-    lines += [f"  {phase:<9} {'cached' if phase not in outcome.ran else 'ran':<7} {summary(phase, figures)}" for phase, figures in outcome.figures.items()]
+    lines += [
+        f"  {phase:<9} {'cached' if phase not in outcome.ran else 'ran':<7} {summary(phase, figures)}"
+        for phase, figures in outcome.figures.items()
+    ]
     metrics = outcome.figures.get("evaluate", {}).get("metrics", {})
     if metrics:
         lines += ["", f"  {'result':<44} {'value':>8}   95 % interval"]
         lines += [
-            f"  {key:<44} {entry['value']:>8.3f}   {entry['low']:.3f} to {entry['high']:.3f}  (n = {entry['n']:,})" for key, entry in metrics.items()
+            f"  {key:<44} {entry['value']:>8.3f}   {entry['low']:.3f} to {entry['high']:.3f}  (n = {entry['n']:,})"
+            for key, entry in metrics.items()
         ]
     if outcome.report:
         lines += ["", f"  report    {outcome.report}"]
     if outcome.unsent:
         lines += [f"  MLflow    did not answer: {outcome.unsent} events are kept and will be sent by the next run"]
     return "\n".join(lines)
-
-
-def locked(store: Store) -> bool:
-    """Whether DVC remembers this run."""
-    return isinstance(store, LockedStore)
 
 
 def show(outcome: Outcome) -> None:

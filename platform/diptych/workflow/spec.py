@@ -40,7 +40,7 @@ class TrainSection(TrainConfig):
     """The `train` key: the loop's settings, and what is trained with what on how many workers."""
 
     model: str = Field(default="vit-nano-64", description="architecture or directory, as `open_clip` names it")
-    init: Literal["random"] | str = Field(default="random", description="`random`, or a model directory to start from")  # noqa: PYI051
+    init: Literal["random"] | str = Field(default="random", description="`random`, or a model directory to start from")
     objective: dict[str, Any] = Field(default={"method": "clip"}, description="an objective and its parameters")
     optimizer: dict[str, Any] = Field(default={"method": "adamw"}, description="an optimizer and its parameters")
     workers: int = Field(default=1, ge=1, le=4096, description="data-parallel processes")
@@ -194,7 +194,11 @@ def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -
     attempt(lambda: _check_model(train.get("model")))
     if found:
         raise ConfigError(headline(len(found)), _distinct(found))
-    assert skeleton and source and ingest and objective and optimizer
+    assert skeleton is not None
+    assert source is not None
+    assert ingest is not None
+    assert objective is not None
+    assert optimizer is not None
     workflow = Workflow(
         name=skeleton.name, path=path, seed=skeleton.seed, raw=raw, overrides=overrides, source=source, ingest=ingest,
         curate=lists["curate"], prune=lists["prune"], caption=lists["caption"], train=skeleton.train, objective=objective,

@@ -74,7 +74,23 @@ class Store(ABC):
         partial.replace(path)
 
 
-class LockedStore(Store):
+class PlainStore(Store):
+    """The folders of a workflow's own run, with no say in what has to run: what a single DVC stage works in."""
+
+    def state(self, phase: str) -> StageState:
+        """Always to be run: DVC has already decided."""
+        return StageState(phase, ("asked for",))
+
+    def folder(self, phase: str) -> Path:
+        """`runs/<workflow>/<phase>`."""
+        return self.home / phase
+
+    def save(self, phase: str, figures: Mapping[str, Any]) -> None:
+        """Writes our record; DVC writes the lock."""
+        self._write_record(phase, figures)
+
+
+class LockedStore(PlainStore):
     """A workflow as its file says it: DVC decides and remembers."""
 
     def __init__(self, project: Project, workflow: Workflow) -> None:
@@ -93,10 +109,6 @@ class LockedStore(Store):
         if state.changed and all(reason.startswith("output ") for reason in state.reasons) and self._pipeline.restore(phase):
             return StageState(phase, ())
         return state
-
-    def folder(self, phase: str) -> Path:
-        """`runs/<workflow>/<phase>`."""
-        return self.home / phase
 
     def save(self, phase: str, figures: Mapping[str, Any]) -> None:
         """Writes our record, then DVC's cache and lock."""

@@ -77,7 +77,9 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
         str(workflow.source.plain()["method"]),
     )  # fmt: skip
     warm(trial, bench.session)
-    grid = [dict(zip(config.space, point, strict=True)) for point in itertools.product(*_choices(config))] if config.search == "grid" else None
+    grid = (
+        [dict(zip(config.space, point, strict=True)) for point in itertools.product(*_choices(config))] if config.search == "grid" else None
+    )
     made_from = [identity.of_output(bench.folder(phase)) for phase in ("compress", "ingest")] + [identity.code("evaluate")]
     scratch = bench.scratch / f"sweep-{digest.short(digest.of_plain([config.plain(), workflow.digest, *made_from]))}"
     rows = sweeps.run(
@@ -113,7 +115,9 @@ def _axis(axis: tuple[Any, ...] | spec.Range) -> Any:
 def _check_metric(metric: str, rows: list[dict[str, Any]]) -> None:
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
-        raise ConfigError.at("The sweep's metric is not measured", "evaluate.sweep.metric", metric, f"one of {', '.join(known)}", nearest(metric, known))
+        raise ConfigError.at(
+            "The sweep's metric is not measured", "evaluate.sweep.metric", metric, f"one of {', '.join(known)}", nearest(metric, known)
+        )
 
 
 def on_split(workflow: spec.Workflow, split: str) -> list[dict[str, Any]]:
@@ -130,7 +134,13 @@ def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
     """The sweep in long form: a row a setting and metric."""
     return pl.DataFrame(
         [
-            {"id": digest.short(row["id"]), "status": row["status"], "metric": name, "value": value, **{key: str(v) for key, v in row["setting"].items()}}
+            {
+                "id": digest.short(row["id"]),
+                "status": row["status"],
+                "metric": name,
+                "value": value,
+                **{key: str(v) for key, v in row["setting"].items()},
+            }
             for row in rows
             for name, value in sorted(row["metrics"].items())
         ]

@@ -48,7 +48,9 @@ def _homes(project: Project) -> list[str]:
 
 
 def _figures(project: Project) -> list[str]:
-    return sorted({f"{s}/{t}/{m}" for result in evaluated(project).values() for s, t, m in result.rows.select("set", "task", "metric").rows()})
+    return sorted(
+        {f"{s}/{t}/{m}" for result in evaluated(project).values() for s, t, m in result.rows.select("set", "task", "metric").rows()}
+    )
 
 
 def _figure(project: Project, home: str, name: str) -> Iterator[Step]:
@@ -75,7 +77,11 @@ def _model(project: Project, folder: Path) -> Iterator[Step]:
     facts = [f"{key} {_plain(value)}" for key, value in lineage.items() if key not in ("config", "dataset")]
     yield Step(f"model {digest.short(identity.of_output(folder))}", (str(folder), *facts))
     wanted = lineage.get("dataset")
-    manifests = {PairDataset.open(path.parent).digest: path.parent for path in sorted(project.runs.glob("**/manifest.json")) if ".scratch" not in str(path)}
+    manifests = {
+        PairDataset.open(path.parent).digest: path.parent
+        for path in sorted(project.runs.glob("**/manifest.json"))
+        if ".scratch" not in str(path)
+    }
     while wanted:
         place = manifests.get(wanted)
         if place is None:
@@ -111,7 +117,10 @@ def _pair(project: Project, home: str, key: str) -> Iterator[Step]:
         row = rows.row(0, named=True)
         captions = [f"{caption['source']}: {caption['text'][:100]}" for caption in row["captions"]]
         image = row["image"]
-        yield Step(f"{phase}: kept", (f"picture {image['shard']} at {image['offset']}, {image['size']:,} bytes", f"split {row['split']}", *captions))
+        yield Step(
+            f"{phase}: kept",
+            (f"picture {image['shard']} at {image['offset']}, {image['size']:,} bytes", f"split {row['split']}", *captions),
+        )
     examples = project.runs / home / "evaluate" / "examples.parquet"
     if examples.exists():
         found = pl.scan_parquet(examples).filter((pl.col("key") == key) | pl.col("key").str.starts_with(key + "#")).collect()
@@ -126,5 +135,3 @@ def text(steps: list[Step]) -> str:
         lines.append(f"{'  ' * depth}{step.what}")
         lines += [f"{'  ' * depth}    {fact}" for fact in step.facts]
     return "\n".join(lines)
-
-

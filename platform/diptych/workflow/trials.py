@@ -13,7 +13,9 @@ from diptych.workflow.spec import PHASES, Workflow
 from diptych.workflow.store import KeyedStore
 
 
-def run(workflow: Workflow, until: str, name: str | None = None, project: Project | None = None) -> tuple[KeyedStore, dict[str, dict[str, Any]]]:
+def run(
+    workflow: Workflow, until: str, name: str | None = None, project: Project | None = None
+) -> tuple[KeyedStore, dict[str, dict[str, Any]]]:
     """Runs a workflow up to a phase in this process and gives its store and figures. Phases that any run has made are taken over."""
     project = project or Project.find(workflow.path.parent)
     store = KeyedStore(project, workflow, name)

@@ -68,6 +68,7 @@ def test_the_everyday_words_are_in_it(dictionary: Path, tmp_path: Path, capsys: 
     assert "words" in capsys.readouterr().out
     words = dict(table(dictionary).iter_rows())
     assert words["cat"] == ["kitty", "feline"]
+    assert "picture" not in words  # an empty list in everyday.json keeps a word
     assert list(words) == sorted(words)
 
 

@@ -176,7 +176,7 @@ def model(case: Case) -> dict[str, Array]:
     from diptych.models.openai_weights import build_openai
 
     state = {key.removeprefix("model/sd/"): torch.from_numpy(np.array(value)) for key, value in case.items() if key.startswith("model/sd/")}
-    clip = build_openai(state, torch.float64)
+    clip = build_openai(state, torch.float64, text_heads=int(case["transformer_heads"]))
     with torch.no_grad():
         image_ND = clip.encode_image(torch.tensor(np.asarray(case["image"]), dtype=torch.float64), normalize=False)
         text_ND = clip.encode_text(torch.tensor(np.asarray(case["tokens"])), normalize=False)

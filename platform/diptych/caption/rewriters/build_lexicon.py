@@ -4,7 +4,8 @@
 
 WordNet's synonyms are too many and too odd to put into captions as they come ("heart" -> "ticker"). A word is replaced only in its most
 frequent sense, and only by words for which that sense is among their first two as well. Plurals and -ing forms are worked out
-here, so that the rewriter itself is a look-up. `everyday.json` beside this file says it better for the commonest words of captions.
+here, so that the rewriter itself is a look-up. `everyday.json` beside this file says it better for the commonest words of captions;
+an empty list there keeps a word.
 """
 
 from __future__ import annotations
@@ -205,10 +206,8 @@ def gerund(verb: str) -> str | None:
 
 def table(dictionary: Path) -> pl.DataFrame:
     """The word table: `word` (str, lower case, unique, sorted), `alternatives` (list of str, the nearest first)."""
-    rows: dict[str, list[str]] = json.loads(EVERYDAY.read_text())
-    for word, alternatives in Thesaurus(dictionary).rows():
-        if alternatives:
-            rows.setdefault(word, alternatives)
+    rows = dict(Thesaurus(dictionary).rows()) | json.loads(EVERYDAY.read_text())
+    rows = {word: others for word, others in rows.items() if others}
     return pl.DataFrame({"word": list(rows), "alternatives": list(rows.values())}, schema=SCHEMA).sort("word")
 
 

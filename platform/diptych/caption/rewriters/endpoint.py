@@ -24,6 +24,7 @@ from diptych.core.chance import key_hash, mix, uniform
 from diptych.core.config import Config
 from diptych.core.errors import ConfigError, DiptychError, ResourceError, shorten
 
+WEB_ADDRESS = r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/%+-]*)?$"
 MAX_BODY_BYTES = 1 << 20
 REFUSED = {
     HTTPStatus.UNAUTHORIZED: "set the variable that api_key_env names to a valid key",
@@ -39,7 +40,7 @@ BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 class EndpointConfig(Config):
     """A server, the model on it, how to sample, and how patient to be. Sampling defaults are the paper's."""
 
-    base_url: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$", description="where the API begins, e.g. http://127.0.0.1:8000/v1")
+    base_url: str = Field(pattern=WEB_ADDRESS, description="where the API begins, e.g. http://127.0.0.1:8000/v1")
     model: str = Field(min_length=1, description="the model's name as the server knows it")
     api: Literal["completions", "chat"] = Field(
         "completions", description="completions continues the prompt, as in the paper; chat asks for it"
@@ -108,7 +109,7 @@ class EndpointRewriter:
             try:
                 with closing(self._connect()) as connection:
                     connection.connect()
-            except OSError as error:
+            except (OSError, OverflowError) as error:  # overflow: a port that does not exist
                 raise self._unusable(DOWN, f"<{error}>", "start it, or correct base_url") from None
             self._greeted = True
 
@@ -161,7 +162,7 @@ class EndpointRewriter:
         name = self.config.api_key_env
         if name is not None:
             key = os.environ.get(name, "").strip()
-            if not key:
+            if not (key and key.isascii() and key.isprintable()):  # the value itself must never be shown
                 raise ConfigError.at(
                     "The key of the language model's server is not set", "caption.endpoint.api_key_env", name, f"a key in ${name}"
                 )

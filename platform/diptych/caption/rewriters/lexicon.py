@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from diptych.core.errors import DataError, nearest, shorten
 
 Table = Mapping[str, tuple[str, ...]]
 MAX_TABLE_BYTES = 256 << 20
+ROUNDS = 8  # walks through the styles before a caption is given up as said in every way
 READ_CHARS = 600  # no text encoder sees more than some 77 tokens of a caption, so no more of it is worth rewriting
 
 
@@ -54,7 +56,7 @@ class LexiconConfig(Config):
 
 
 class LexiconRewriter:
-    """Rewrites one caption at a time by `(seed, key, copy)`. The copies of a pair walk through the styles, so that they differ."""
+    """Rewrites one caption at a time by `(seed, key, copy)`. The copies of a pair walk through the styles or templates."""
 
     def __init__(self, config: LexiconConfig, seed: int) -> None:
         self.config = config
@@ -77,18 +79,18 @@ class LexiconRewriter:
         source = beginning(request.source, READ_CHARS)
         english = is_english(source, request.language)
         phrase = Phrase(source, request.tags, english, partial(self.alternatives, english=english), self.config.share)
-        draw = generator(self.seed, "laclip.lexicon", request.key, request.copy)
-        order = generator(self.seed, "laclip.styles", request.key)
-        made = self._from_templates(phrase, draw, order) if self.config.templates else self._from_styles(phrase, draw, order)
-        different = [text for text in dict.fromkeys(made) if text and text.casefold() != source.casefold()]
-        return different[request.copy % len(different)] if different else source
+        return next(islice(self._candidates(phrase, request.key), request.copy, None), request.source)
 
-    def _from_styles(self, phrase: Phrase, draw: np.random.Generator, order: np.random.Generator) -> list[str | None]:
-        return [STYLES[index](phrase, draw) for index in order.permutation(len(STYLES))]
-
-    def _from_templates(self, phrase: Phrase, draw: np.random.Generator, order: np.random.Generator) -> list[str | None]:
-        templates = self.config.templates
-        return [fill(templates[index], phrase, draw) for index in order.permutation(len(templates))]
+    def _candidates(self, phrase: Phrase, key: str) -> Iterator[str]:
+        """Different rewrites of one caption, in an order drawn by `(seed, key)`: copy k is the k-th, so that copies differ."""
+        draw = generator(self.seed, "laclip.lexicon", key)
+        makers = [partial(fill, template) for template in self.config.templates] or STYLES
+        seen = {phrase.text.casefold()}
+        for index in np.tile(draw.permutation(len(makers)), ROUNDS):
+            text = makers[index](phrase, draw)
+            if text and text.casefold() not in seen:
+                seen.add(text.casefold())
+                yield text
 
 
 @cache

@@ -32,7 +32,8 @@ FUNCTION_WORDS = PREPOSITIONS | DETERMINERS | word_set("of and or to for is are 
 CLAUSE_VERBS = word_set("is are was were has have stands sits lies")
 UNCOUNTED = word_set(
     "rice bread water sushi money hair snow wind fog rain ice milk wine honey corn cheese bacon meat garlic spaghetti luggage baggage food "
-    "music fire grass sand lightning weather chocolate broccoli ginger popcorn custard butter salt poultry joy love traffic art"
+    "music fire grass sand lightning weather chocolate broccoli ginger popcorn custard butter salt poultry joy love traffic art "
+    "dusk dawn nightfall night noon home work school sunshine ink"
 )
 VOWEL_SOUND = re.compile(r"(?!(?:uni|use|usu|eu|one|once|uk))[aeiou]|hour|honest|heir", re.IGNORECASE)
 ARTICLE = re.compile(r"\b(an?)(?=\s+(\w))", re.IGNORECASE)

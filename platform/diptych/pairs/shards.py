@@ -1,0 +1,208 @@
+"""Picture bytes in uncompressed tars: written once by `ShardWriter`, read by `(shard, offset, size)` through `ShardReader`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import urllib.parse
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import polars as pl
+
+from diptych.core.errors import DataError
+from diptych.pairs.files import guard_space
+from diptych.pairs.manifest import ShardEntry
+from diptych.pairs.tar import BLOCK_BYTES, Member, index_tar
+
+__all__ = ["Member", "ShardReader", "ShardWriter", "index_tar", "is_remote", "member_name"]
+
+MEBIBYTE = 1 << 20
+RECORD_BYTES = 20 * BLOCK_BYTES
+MAX_OPEN = 64
+
+
+def is_remote(uri: str) -> bool:
+    """True for `scheme://…`; everything else is a local path."""
+    return "://" in uri
+
+
+def member_name(key: str, extension: str) -> str:
+    """The tar member of a key: percent-encoded, so that no key makes a folder, climbs out of one, or ends at a dot."""
+    stem = urllib.parse.quote(key, safe="", errors="surrogatepass").replace(".", "%2E")
+    return f"{stem}.{extension}"
+
+
+class _LocalFile:
+    """An open file that closes with its last reference: a thread may still read what the cache has let go."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self.descriptor, size, offset)
+        while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class _RemoteFile:
+    """A range reader on whatever fsspec knows: `s3://`, `memory://`, `file://`, …"""
+
+    def __init__(self, uri: str) -> None:
+        import fsspec
+
+        self.system, self.path = fsspec.core.url_to_fs(uri)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.system.cat_file(self.path, start=offset, end=offset + size))
+
+
+class ShardReader:
+    """Reads pictures out of shards. Picklable: it carries names, and opens files where it is used, at most 64 at a time.
+
+    Args:
+        uris: shard name to absolute path or `scheme://…`.
+    """
+
+    def __init__(self, uris: Mapping[str, str]) -> None:
+        self.uris = dict(uris)
+        self._open: OrderedDict[str, _LocalFile | _RemoteFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uris": self.uris}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["uris"])  # type: ignore[misc]
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of a shard. Raises DataError: unknown, missing or cut-off shard."""
+        file = self._file(shard)
+        try:
+            data = file.read(offset, size)
+        except OSError as error:
+            raise DataError.at("A shard cannot be read", self.uris[shard], error, "a readable tar") from error
+        if len(data) != size:
+            raise DataError.at(
+                "A shard is shorter than its index says", self.uris[shard], f"<{len(data)} bytes at {offset}>", f"{size} bytes"
+            )
+        return data
+
+    def read_column(self, image: pl.Series) -> list[bytes]:
+        """The bytes of every row of an `image` column, in its order; read in the order in which they lie. No row may be null."""
+        if image.null_count():
+            raise DataError.at(
+                "A pair has no picture to read", "image", f"<{image.null_count()} null rows>", "a place in a shard in every row"
+            )
+        fields = image.struct
+        shards, offsets, sizes = fields.field("shard").to_list(), fields.field("offset").to_list(), fields.field("size").to_list()
+        out: list[bytes] = [b""] * len(shards)
+        for row in sorted(range(len(shards)), key=lambda row: (shards[row], offsets[row])):
+            out[row] = self.read(shards[row], offsets[row], sizes[row])
+        return out
+
+    def close(self) -> None:
+        """Closes what is open; the reader can be used again."""
+        self._open.clear()
+
+    def _file(self, shard: str) -> _LocalFile | _RemoteFile:
+        file = self._open.get(shard)
+        if file is None:
+            file = self._open[shard] = self._opened(shard)
+            while len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+        else:
+            try:
+                self._open.move_to_end(shard)
+            except KeyError:  # another thread has just let it go; we still hold it
+                self._open[shard] = file
+        return file
+
+    def _opened(self, shard: str) -> _LocalFile | _RemoteFile:
+        uri = self.uris.get(shard)
+        if uri is None:
+            raise DataError.at(
+                "A pair points into a shard that the dataset does not have", "image.shard", shard, f"one of {len(self.uris)} shards"
+            )
+        try:
+            return _RemoteFile(uri) if is_remote(uri) else _LocalFile(uri)
+        except OSError as error:
+            raise DataError.at("A shard is missing or cannot be opened", uri, error, "the tar that the manifest names") from error
+
+
+class ShardWriter:
+    """Packs pictures into tars named `<prefix>-00000.tar`, …; equal input gives equal bytes.
+
+    Args:
+        folder: where the tars go; made if missing.
+        prefix: beginning of the shard names, unique in the dataset.
+        shard_size_bytes: a tar is closed before the picture that would take it past this size.
+    """
+
+    def __init__(self, folder: Path, prefix: str, shard_size_bytes: int = 256 * MEBIBYTE) -> None:
+        self.folder, self.prefix, self.limit = folder, prefix, shard_size_bytes
+        self.entries: dict[str, ShardEntry] = {}
+        self._file: BinaryIO | None = None
+        self._sha = hashlib.sha256()
+        self._offset = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.entries):05d}"
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self._name}.tar"
+
+    def add(self, key: str, extension: str, data: bytes) -> dict[str, Any]:
+        """Appends one picture; gives its `shard`, `offset`, `size`. Raises ResourceError when the disk is full."""
+        info = tarfile.TarInfo(member_name(key, extension))
+        info.size, info.mode = len(data), 0o644
+        header = info.tobuf(tarfile.PAX_FORMAT)
+        padding = -len(data) % BLOCK_BYTES
+        if self._offset and self._offset + len(header) + len(data) + padding > self.limit:
+            self._close()
+        place = {"shard": self._name, "offset": self._offset + len(header), "size": len(data)}
+        self._write(header + data + bytes(padding))
+        return place
+
+    def done(self) -> dict[str, ShardEntry]:
+        """Closes the last tar; gives all shards by name, with absolute paths."""
+        self._close()
+        return self.entries
+
+    def abort(self) -> None:
+        """Closes the file in hand without finishing it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, data: bytes) -> None:
+        with guard_space(self._path, len(data)):
+            if self._file is None:
+                self._file = self._path.open("wb")
+            self._file.write(data)
+        self._sha.update(data)
+        self._offset += len(data)
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        self._write(bytes(2 * BLOCK_BYTES + -(self._offset + 2 * BLOCK_BYTES) % RECORD_BYTES))
+        with guard_space(self._path, self._offset):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self.entries[self._name] = ShardEntry(
+            uri=str(self._path.absolute()), size_bytes=self._offset, sha256=f"sha256:{self._sha.hexdigest()}"
+        )
+        self._file, self._sha, self._offset = None, hashlib.sha256(), 0

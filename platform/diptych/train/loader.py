@@ -1,0 +1,259 @@
+"""Batches of a pair table: read, decode, augment, tokenise. The same bytes for any number of ranks and threads.
+
+Shape legend: N pairs of one rank's batch, C channels, H W height and width, L tokens of the longest caption of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from diptych.core import chance
+from diptych.core.errors import ConfigError, DataError, Problem
+from diptych.pairs import captions
+from diptych.pairs.decode import Pixels, crop, decode, decode_train, flatten
+from diptych.train.augment import Draws, draw, recolor, turn
+from diptych.train.config import TrainConfig
+from diptych.train.order import BatchOrder
+
+CHECKED_BATCHES = 2
+SHOWN_PROBLEMS = 10
+
+
+class Reader(Protocol):
+    """Gives the bytes at a place in a shard."""
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:  # noqa: D102
+        ...
+
+
+class Tokenizer(Protocol):
+    """Gives ids int64 `[N, L]`, cut to the longest caption."""
+
+    def encode_cut(self, texts: list[str]) -> NDArray[np.int64]:  # noqa: D102
+        ...
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch.
+
+    Attributes:
+        tensors: `image_NCHW` uint8, `text_NL` int64, `row_N` int64 (row in the frame).
+        read_s: seconds spent on getting bytes, in whichever thread did it.
+        decode_s: seconds spent on making pixels and ids of them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    read_s: float
+    decode_s: float
+
+
+@dataclass
+class _Visit:
+    """What the pictures of one batch share while it is made."""
+
+    draws: Draws
+    read_s: float = 0.0
+
+
+class PairLoader:
+    """Iterates one rank's batches from any step on.
+
+    Pictures stay in memory, decoded whole, if those of the whole frame fit in `config.cache_bytes`; else they are read and decoded
+    on every visit, JPEGs at reduced size where that suffices. The choice follows from the table alone, so every rank makes
+    the same.
+
+    Args:
+        frame: the training pairs (`pairs/schema.py`), with the column `config.avoid` if that is set.
+        reader: gives encoded pictures.
+        tokenizer: the model's.
+        image_size: side of the model's pictures in pixels.
+        config: batch size, augmentation, captions, threads, cache.
+        seed: names every draw.
+        rank, world: this process's share of each global batch.
+
+    Raises ConfigError if the batch does not divide by the ranks, is larger than the data, or `avoid` cannot be kept.
+    """
+
+    def __init__(
+        self,
+        frame: pl.DataFrame,
+        reader: Reader,
+        tokenizer: Tokenizer,
+        image_size: int,
+        config: TrainConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if config.batch_size % world:
+            raise ConfigError.at("The batch does not divide by the workers", "batch_size", config.batch_size, f"a multiple of {world}")
+        if config.avoid is not None and config.avoid not in frame.columns:
+            raise ConfigError.at("There is no such column", "avoid", config.avoid, f"one of {', '.join(frame.columns)}")
+        self.config, self.seed, self.rank, self.world = config, seed, rank, world
+        self.reader, self.tokenizer, self.image_size = reader, tokenizer, image_size
+        self.table = _Table(frame)
+        self.order = BatchOrder(frame.height, config.batch_size, seed, frame[config.avoid] if config.avoid else None)
+        self._cache: dict[int, Pixels] | None = {} if self.table.pixels * 4 <= config.cache_bytes else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in an epoch."""
+        return self.order.steps_per_epoch
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps in [start, stop), counted over all epochs; read ahead by `loader_workers` threads."""
+        workers = self.config.loader_workers
+        if workers == 0:
+            yield from map(self.batch, range(start, stop))
+            return
+        ahead: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        try:
+            for step in range(start, stop):
+                ahead.append(pool.submit(self.batch, step))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def check(self, start: int = 0) -> None:
+        """Decodes the first batches from `start` on, so that what is broken shows before training does.
+
+        Raises DataError with every broken picture among them, at most ten.
+        """
+        problems: list[Problem] = []
+        for step in range(start, start + min(CHECKED_BATCHES, self.steps_per_epoch)):
+            rows_N = self.order.batch(step, self.rank, self.world)
+            visit = self._visit(rows_N, self.order.epoch(step))
+            for place, row in enumerate(rows_N.tolist()):
+                try:
+                    self._picture(place, row, visit)
+                except DataError as error:
+                    problems += error.problems
+        if problems:
+            raise DataError(f"{len(problems)} of the first pictures cannot be used; training was not started", problems[:SHOWN_PROBLEMS])
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step, made in the calling thread. Raises DataError naming the pair whose picture broke."""
+        started = time.perf_counter()
+        epoch = self.order.epoch(step)
+        rows_N = self.order.batch(step, self.rank, self.world)
+        visit = self._visit(rows_N, epoch)
+        image_NCHW = self._images(rows_N, visit)
+        text_NL = self.tokenizer.encode_cut(self._texts(rows_N, epoch))
+        tensors = {"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL), "row_N": torch.from_numpy(rows_N)}
+        return Batch(tensors, visit.read_s, time.perf_counter() - started - visit.read_s)
+
+    def _visit(self, rows_N: NDArray[np.int64], epoch: int) -> _Visit:
+        table = self.table
+        key_N, width_N, height_N = table.hash_N[rows_N], table.width_N[rows_N], table.height_N[rows_N]
+        return _Visit(draw(self.config.augment, self.seed, epoch, key_N=key_N, width_N=width_N, height_N=height_N))
+
+    def _images(self, rows_N: NDArray[np.int64], visit: _Visit) -> Pixels:
+        image_NCHW = np.empty((len(rows_N), 3, self.image_size, self.image_size), dtype=np.uint8)
+        for place, row in enumerate(rows_N.tolist()):
+            image_NCHW[place] = self._picture(place, row, visit).transpose(2, 0, 1)
+        return recolor(image_NCHW, visit.draws) if self.config.augment.recolors else image_NCHW
+
+    def _picture(self, place: int, row: int, visit: _Visit) -> Pixels:
+        """One picture `[H, W, 3]`, cropped, mirrored and turned."""
+        draws = visit.draws
+        box, background = draws.box(place), draws.background(place)
+        if self._cache is None:
+            data, table = self._bytes(row, visit), self.table
+            picture = decode_train(data, self.image_size, box, table.picture_size(row), table.where(row), background)
+        else:
+            picture = crop(flatten(self._whole(row, visit), background), self.image_size, box)
+        if draws.flip_N[place]:
+            picture = picture[:, ::-1]
+        angle_deg = float(draws.angle_N[place])
+        return turn(picture, angle_deg, background) if angle_deg else picture
+
+    def _whole(self, row: int, visit: _Visit) -> Pixels:
+        """A picture from memory, where it stays after its first visit."""
+        assert self._cache is not None
+        whole = self._cache.get(row)
+        if whole is None:
+            whole = decode(self._bytes(row, visit), self.table.where(row), size=self.table.picture_size(row))
+            self._cache[row] = whole
+        return whole
+
+    def _bytes(self, row: int, visit: _Visit) -> bytes:
+        started = time.perf_counter()
+        shard, offset, size = self.table.place(row)
+        try:
+            return self.reader.read(shard, offset, size)
+        except DataError as error:
+            cannot = Problem(self.table.where(row), "no bytes", f"{size} bytes of a picture")
+            raise DataError(error.headline, [cannot, *error.problems]) from error
+        finally:
+            visit.read_s += time.perf_counter() - started
+
+    def _texts(self, rows_N: NDArray[np.int64], epoch: int) -> list[str]:
+        """The caption of each pair that this visit trains on."""
+        table = self.table
+        if self.config.caption == "first":
+            return table.texts.gather(table.first_caption_N[rows_N]).to_list()
+        choice_N = captions.draws(self.seed, epoch, table.hash_N[rows_N], table.caption_count_N[rows_N])
+        first = table.texts.gather(table.first_caption_N[rows_N]).to_list()
+        chosen = table.texts.gather(table.first_caption_N[rows_N] + choice_N).to_list()
+        return [captions.choose_caption(pair, 1) for pair in zip(first, chosen, strict=True)]
+
+
+class _Table:
+    """The columns of the pair table in the form that batches are made from; keys and captions stay in polars."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        image = frame["image"].struct.unnest()
+        _refuse_nulls(frame["key"], image, frame["captions"])
+        self.keys, self.shards = frame["key"], image["shard"].cast(pl.Categorical)
+        self.offset_N, self.size_N = image["offset"].to_numpy(), image["size"].to_numpy()
+        self.width_N, self.height_N = image["width"].cast(pl.Int64).to_numpy(), image["height"].cast(pl.Int64).to_numpy()
+        self.hash_N = chance.key_hashes(frame["key"])
+        self.caption_count_N = frame["captions"].list.len().cast(pl.Int64).to_numpy()
+        self.first_caption_N = np.cumsum(self.caption_count_N) - self.caption_count_N
+        self.texts = frame["captions"].explode().struct.field("text")
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all pictures together."""
+        return int((self.width_N * self.height_N).sum())
+
+    def place(self, row: int) -> tuple[str, int, int]:
+        """(shard, offset, size in bytes) of a pair's picture."""
+        return self.shards[row], int(self.offset_N[row]), int(self.size_N[row])
+
+    def picture_size(self, row: int) -> tuple[int, int]:
+        """(width, height) of a pair's picture."""
+        return int(self.width_N[row]), int(self.height_N[row])
+
+    def where(self, row: int) -> str:
+        """How an error names a pair's picture."""
+        return f"{self.keys[row]} ({self.shards[row]} at {self.offset_N[row]})"
+
+
+def _refuse_nulls(keys: pl.Series, image: pl.DataFrame, caption_lists: pl.Series) -> None:
+    """Every training pair needs a picture of known place and size, and a caption."""
+    checks: list[tuple[str, Callable[[], Any]]] = [(f"image.{name}", image[name].is_null) for name in image.columns]
+    checks.append(("captions", lambda: caption_lists.list.len().fill_null(0) == 0))
+    problems = [
+        Problem(str(keys[int(bad.arg_max() or 0)]), f"nothing in {name} ({bad.sum()} such pairs)", "a value")
+        for name, find in checks
+        if (bad := find()).any()
+    ]
+    if problems:
+        raise DataError("Pairs without a picture or a caption cannot be trained on", problems)

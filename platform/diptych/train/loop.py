@@ -1,0 +1,182 @@
+"""The training loop: plain torch, top to bottom.
+
+One step: take the batch, encode and compare, backward, average the gradients over the ranks, clip, update. The state is a
+step number and the tensors; what a step draws depends on `(seed, step, rank)`, so a run can stop and go on anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.core import chance
+from diptych.core.errors import DataError
+from diptych.core.points import TrainingTask
+from diptych.train import sync
+from diptych.train.checkpoint import Checkpoints, TrainState
+from diptych.train.clock import Clock
+from diptych.train.config import TrainConfig
+from diptych.train.loader import PairLoader
+from diptych.train.schedule import Schedule
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What stays the same over a run.
+
+    Attributes:
+        task: turns a batch into losses.
+        loader: this rank's batches.
+        schedule: learning rate by step; a group's own is that times its `lr_scale`.
+        config: the loop's settings.
+        total_steps: updates of the whole run.
+        seed: names what the steps draw.
+        log: the file of step records, written by rank 0.
+        checkpoints: written by rank 0.
+        rank, world, device: this process's place.
+        on_log, should_stop: called on rank 0 with each record; asked on every rank after each step.
+    """
+
+    task: TrainingTask
+    loader: PairLoader
+    schedule: Schedule
+    config: TrainConfig
+    total_steps: int
+    seed: int
+    log: Path
+    checkpoints: Checkpoints
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    on_log: Callable[[Record], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+    clock: Clock = field(default_factory=Clock)
+
+
+def fit(run: Run, state: TrainState) -> Record:
+    """Trains from `state.step` until the end, or until some rank should stop; the last record logged.
+
+    Leaves a checkpoint at the end. Raises DataError at the first gradient that is not finite, before it touches the weights.
+    """
+    config, clock, optimizer = run.config, run.clock, state.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    batches = run.loader.batches(state.step, run.total_steps)
+    saved_at, logged_step, stop, record = time.monotonic(), state.step, False, {}
+    truncate_log(run, state.step)
+
+    while state.step < run.total_steps and not stop:
+        with clock("data_wait"):
+            batch = next(batches)
+            tensors = {name: tensor.to(run.device) for name, tensor in batch.tensors.items()}
+        clock.add("read", batch.read_s)
+        clock.add("decode", batch.decode_s)
+
+        with clock("step"):
+            torch.manual_seed(int(chance.mix(run.seed, state.step, run.rank)) >> 1)
+            lr = run.schedule(state.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            optimizer.zero_grad(set_to_none=True)
+            losses = run.task.losses(tensors, state.step)
+            torch.autograd.backward(losses["loss"])
+
+        with clock("sync"):
+            sync.average_gradients(parameters, run.world)
+
+        with clock("step"):
+            grad_norm = clip_gradients(parameters, config.clip_grad_norm)
+            refuse_non_finite(grad_norm, losses, state.step)
+            optimizer.step()
+            run.task.after_step()
+            if state.ema is not None:
+                state.ema.update(state.model)
+
+        state.step += 1
+        state.samples_seen += config.batch_size
+        done = state.step == run.total_steps
+        due = done or is_checkpoint_due(config, state.step, time.monotonic() - saved_at)
+        with clock("sync"):
+            stop, due = sync.agree([run.should_stop is not None and run.should_stop(), due], run.world, run.device)
+        if state.step % config.log_every == 0 or done or stop:
+            record = log_step(run, state, state.step - logged_step, losses, {"lr": lr, "grad_norm": grad_norm})
+            logged_step = state.step
+        if due or stop:
+            with clock("checkpoint"):
+                if run.rank == 0:
+                    run.checkpoints.save(state)
+                saved_at = time.monotonic()
+    return record
+
+
+def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
+    """The L2 norm of all gradients together, before they are scaled down to `max_norm` where it is exceeded."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+def refuse_non_finite(grad_norm: float, losses: Mapping[str, Tensor], step: int) -> None:
+    """Raises DataError if the averaged gradient is not finite. It is the same on every rank, so all of them stop at the same step."""
+    if not math.isfinite(grad_norm):
+        parts = ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())
+        raise DataError.at(
+            "Training diverged; the weights of the last checkpoint are from before it",
+            f"step {step}",
+            f"<gradient norm {grad_norm}; on this rank {parts}>",
+            "finite losses and gradients",
+            "lower the learning rate, lengthen schedule.warmup, or set clip_grad_norm",
+        )
+
+
+def is_checkpoint_due(config: TrainConfig, step: int, since_s: float) -> bool:
+    """Whether enough steps or seconds have passed since the last checkpoint."""
+    by_steps = config.checkpoint_every_steps is not None and step % config.checkpoint_every_steps == 0
+    return by_steps or since_s >= config.checkpoint_every_s
+
+
+def log_step(run: Run, state: TrainState, steps: int, losses: Mapping[str, Tensor], extra: Record) -> Record:
+    """Averages the losses over the ranks and, on rank 0, appends a record. Times are means over the last `steps` steps."""
+    means = sync.mean([float(value.detach()) for value in losses.values()], run.world, run.device)
+    spent = run.clock.window()
+    wall_s = sum(spent[activity] for activity in ("data_wait", "step", "sync", "checkpoint"))
+    logit_scale = getattr(state.model, "logit_scale", None)
+    record = {
+        "step": state.step,
+        "steps": run.total_steps,
+        "epoch": state.step / run.loader.steps_per_epoch,
+        "samples_seen": state.samples_seen,
+        **dict(zip(losses, means, strict=True)),
+        **extra,
+        **({"logit_scale": float(logit_scale.detach().exp())} if logit_scale is not None else {}),
+        **{f"{activity}_s": spent[activity] / steps for activity in ("data_wait", "read", "decode", "step", "sync")},
+        "samples_per_s": steps * run.config.batch_size / wall_s,
+    }
+    if run.rank == 0:
+        with run.log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if run.on_log is not None:
+            run.on_log(record)
+    return record
+
+
+def truncate_log(run: Run, step: int) -> None:
+    """Drops the records of steps after `step`, which a run that was killed had made since its last checkpoint, and a torn last line."""
+    if run.rank != 0 or not run.log.exists():
+        return
+    lines = [line for line in run.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    partial = run.log.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(run.log)

@@ -1,0 +1,247 @@
+"""One training, from a pair dataset to a model directory: what the engine calls, in process or on each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from diptych.core.errors import ConfigError, DataError
+from diptych.train import sync
+from diptych.train.checkpoint import Checkpoints, TrainState
+from diptych.train.clock import ADVICE
+from diptych.train.config import TrainConfig
+from diptych.train.contrastive import Contrastive
+from diptych.train.ema import Ema
+from diptych.train.loader import PairLoader
+from diptych.train.loop import Record, Run, fit
+
+if TYPE_CHECKING:
+    from diptych.pairs.dataset import PairDataset
+
+NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What came of a training. Times are wall seconds of this process, of all its steps since it was started or resumed.
+
+    Attributes:
+        finished: false if it was asked to stop before the end.
+        steps, samples_seen: of the whole run; `resumed_from` of them were made before this process.
+        losses: the last record's losses and learning-rate figures.
+        limited_by: `data wait`, `decode`, `step` or `synchronise`.
+        advice: one sentence on that limit.
+    """
+
+    finished: bool
+    steps: int
+    samples_seen: int
+    resumed_from: int
+    losses: dict[str, float]
+    wall_s: float
+    data_wait_s: float
+    read_s: float
+    decode_s: float
+    step_s: float
+    sync_s: float
+    checkpoint_s: float
+    samples_per_s: float
+    limited_by: str
+    advice: str
+
+
+def train(  # noqa: PLR0917
+    dataset_root: Path,
+    split: str | None,
+    config: TrainConfig,
+    model_name: str,
+    build_objective: Callable[[], Any],
+    build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
+    out: Path,
+    scratch: Path,
+    seed: int,
+    *,
+    init: str = "random",
+    rank: int = 0,
+    world: int = 1,
+    device: str = "cpu",
+    on_log: Callable[[Record], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainSummary:
+    """Trains a dual encoder on a pair dataset and writes its model directory, or goes on where an earlier call was killed.
+
+    With `world > 1` every rank calls this after it initialised the default process group. The result does not depend on the
+    number of ranks beyond the rounding of sums.
+
+    Args:
+        dataset_root: a pair dataset.
+        split: the rows to train on; None for all.
+        config: the loop's settings; `batch_size` is global.
+        model_name: an architecture, as `models.clip.create` knows it.
+        build_objective: gives the loss, an `nn.Module`.
+        build_optimizer: gives the optimizer of parameter groups; its default `lr` is the schedule's peak.
+        out: the model directory, written by rank 0 at the end; averaged weights if `config.ema` is set.
+        scratch: `checkpoints/` and `steps.jsonl` lie here; shared by all ranks.
+        seed: names the initial weights and every draw.
+        init: `"random"`, or a model directory to start from.
+        rank, world, device: this process's place.
+        on_log: called on rank 0 with each record of `steps.jsonl`.
+        should_stop: asked after each step; if true on any rank, all stop after a checkpoint, and no model is written.
+
+    Raises ConfigError for settings that do not fit the data, DataError for broken pictures and for losses that are not finite.
+    """
+    from diptych.pairs.dataset import PairDataset
+
+    with _arithmetic(config.threads):
+        dataset = PairDataset.open(dataset_root)
+        from diptych.models import clip
+
+        model = clip.create(model_name if init == "random" else init, seed).to(device).train()
+        torch.manual_seed(seed)
+        state = _first_state(model, build_objective().to(device), build_optimizer, config.ema, world)
+        loader = PairLoader(
+            _rows(dataset, split, config.avoid), dataset.reader(), model.tokenizer, model.image_size, config, seed, rank, world
+        )
+        total_steps = config.total_steps(loader.steps_per_epoch)
+        identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, **_recipe(config, state)}
+        checkpoints = Checkpoints(scratch / "checkpoints", identity)
+        _resume(checkpoints, state, world)
+        resumed_from = state.step
+        loader.check(state.step)
+        run = Run(
+            task=Contrastive(state.model, state.objective, config.accumulate, config.precision),
+            loader=loader,
+            schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
+            config=config,
+            total_steps=total_steps,
+            seed=seed,
+            log=scratch / "steps.jsonl",
+            checkpoints=checkpoints,
+            rank=rank,
+            world=world,
+            device=device,
+            on_log=on_log,
+            should_stop=should_stop,
+        )
+        record = fit(run, state)
+        if state.step == total_steps:
+            _refuse_short_run(state, total_steps * config.batch_size)
+            if rank == 0:
+                _write_model(state, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
+        return _summary(run, state, record, resumed_from)
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: parameters that decay as it says, and gains, biases and temperatures, which do not.
+
+    The rule of CLIP's reference trainer: no decay below two dimensions or if the name holds `bn`, `ln`, `bias` or `logit_scale`.
+    """
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in named_parameters:
+        decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY_NAMES)
+        groups[0 if decays else 1]["params"].append(parameter)
+    return groups
+
+
+@contextmanager
+def _arithmetic(threads: int) -> Iterator[None]:
+    """Sums in a fixed order while training: a fixed number of threads, deterministic kernels. Restores what was set before."""
+    deterministic: Any = torch.utils.deterministic
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
+        deterministic.fill_uninitialized_memory = fill
+
+
+def _first_state(
+    model: nn.Module,
+    objective: nn.Module,
+    build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
+    ema_decay: float | None,
+    world: int,
+) -> TrainState:
+    """The state of step 0, equal on all ranks."""
+    sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
+    named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
+    optimizer = build_optimizer(parameter_groups((name, parameter) for name, parameter in named if parameter.requires_grad))
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
+    return TrainState(model, objective, optimizer, None if ema_decay is None else Ema(model, ema_decay))
+
+
+def _rows(dataset: PairDataset, split: str | None, avoid: str | None) -> pl.DataFrame:
+    """The training pairs, without the columns that training does not look at."""
+    frame = dataset.read(["key", "image", "captions", "split", *([avoid] if avoid else [])])
+    frame = frame if split is None else frame.filter(pl.col("split") == split)
+    if frame.is_empty():
+        raise ConfigError.at("There is nothing to train on", "split", split, "a split that the data set has")
+    return frame
+
+
+def _recipe(config: TrainConfig, state: TrainState) -> dict[str, Any]:
+    """How a run trains, as plain data: with the data, the model and the seed it names the result."""
+    optimizer = {name: value for name, value in state.optimizer.defaults.items() if isinstance(value, bool | int | float | str | tuple)}
+    return {
+        "objective": repr(state.objective),
+        "optimizer": {"class": type(state.optimizer).__name__, **optimizer},
+        "config": config.plain(),
+    }
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, world: int) -> None:
+    """Continues from the newest checkpoint, if there is one; all ranks from the one that rank 0 finds."""
+    found: list[Path | None] = [checkpoints.latest()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        checkpoints.restore(found[0], state)
+
+
+def _refuse_short_run(state: TrainState, planned: int) -> None:
+    if state.samples_seen != planned:
+        raise DataError.at(
+            "The run saw another number of pairs than planned", "samples_seen", state.samples_seen, str(planned), "train afresh"
+        )
+
+
+def _write_model(state: TrainState, out: Path, lineage: dict[str, Any]) -> None:
+    from diptych.models import clip
+
+    model: Any = state.model if state.ema is None else state.ema.model
+    clip.save(model, out, lineage)
+
+
+def _summary(run: Run, state: TrainState, record: Record, resumed_from: int) -> TrainSummary:
+    spent, wall_s, limited_by = run.clock.total_s, run.clock.wall_s, run.clock.limit()
+    not_losses = {"step", "steps", "epoch", "samples_seen", "samples_per_s"}
+    return TrainSummary(
+        finished=state.step == run.total_steps,
+        steps=state.step,
+        samples_seen=state.samples_seen,
+        resumed_from=resumed_from,
+        losses={name: value for name, value in record.items() if name not in not_losses and not name.endswith("_s")},
+        wall_s=wall_s,
+        data_wait_s=spent["data_wait"],
+        read_s=spent["read"],
+        decode_s=spent["decode"],
+        step_s=spent["step"],
+        sync_s=spent["sync"],
+        checkpoint_s=spent["checkpoint"],
+        samples_per_s=(state.step - resumed_from) * run.config.batch_size / wall_s,
+        limited_by=limited_by,
+        advice=ADVICE[limited_by],
+    )
