@@ -221,6 +221,23 @@ def test_a_saved_model_opens_in_open_clip_with_equal_features(tmp_path, override
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
+CONVOLUTIONS = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+
+
+def test_convolutions_lie_channels_last_and_are_stored_plainly(tmp_path):
+    torch.manual_seed(0)
+    model = clip.build(TINY | {"vision_cfg": CONVOLUTIONS}).eval()
+    weight = model.clip.visual.layer1[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    clip.save(model, tmp_path / "m", {})
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'm'}").eval()
+    assert theirs.visual.layer1[0].conv2.weight.is_contiguous()
+    image_NCHW = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(model.encode_image(image_NCHW), theirs.encode_image(image_NCHW, normalize=True), rtol=0, atol=1e-5)
+    torch.testing.assert_close(clip.load(tmp_path / "m").eval().encode_image(image_NCHW), model.encode_image(image_NCHW))
+
+
 def test_preprocessing_is_saved_with_the_model(tmp_path):
     model = clip.build(TINY, {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash", "interpolation": "bilinear"})
     clip.save(model, tmp_path / "m", {})

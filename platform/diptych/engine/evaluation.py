@@ -61,7 +61,7 @@ class StoredEncoder:
     @property
     def logit_scale(self) -> float:
         """The factor of the cosine in the logits."""
-        return float(self.model.logit_scale.exp())
+        return float(self.model.logit_scale.detach().exp())
 
     def images(self, pairs: pl.DataFrame) -> Features:
         """`[N, D]`, a row a pair, in the order of the frame; from the cache where that very selection was encoded before."""

@@ -66,7 +66,7 @@ def work(job: Job, rank: int, world: int) -> dict[str, Any]:
     optimizer = catalogue.config_class(catalogue.find(str(job.optimizer["method"]), "optimizer")).parse(dict(job.optimizer))
     summary = train(
         job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,  # type: ignore[attr-defined]
-        rank=rank, world=world, device=_device(),
+        init=job.init, rank=rank, world=world, device=_device(),
     )  # fmt: skip
     return asdict(summary)
 

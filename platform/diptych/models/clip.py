@@ -140,11 +140,14 @@ def build(config: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = 
     """A dual encoder of an open_clip configuration with random weights. Raises ConfigError if it describes no model."""
     from open_clip.model import set_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+    from open_clip.transformer import VisionTransformer
 
     try:
         model = _instantiate(config)
     except (TypeError, KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError.at("The configuration describes no model", "model", str(error), "open_clip's model_cfg") from error
+    if not isinstance(model.visual, VisionTransformer):
+        model.visual.to(memory_format=torch.channels_last)  # convolutions are half as fast again so, and follow their weights
     cfg = merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(preprocess_cfg or {}))
     set_model_preprocess_cfg(model, cfg)
     return DualEncoder(model, config)

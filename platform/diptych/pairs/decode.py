@@ -65,7 +65,7 @@ def decode_eval(data: bytes, size: int, where: str = "picture", background: Colo
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def decode_train(  # noqa: PLR0917
+def decode_train(
     data: bytes,
     size: int,
     box: Box,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tarfile
+import threading
 import urllib.parse
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import polars as pl
 
@@ -76,6 +78,7 @@ class ShardReader:
     def __init__(self, uris: Mapping[str, str]) -> None:
         self.uris = dict(uris)
         self._open: OrderedDict[str, _LocalFile | _RemoteFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"uris": self.uris}
@@ -111,20 +114,16 @@ class ShardReader:
 
     def close(self) -> None:
         """Closes what is open; the reader can be used again."""
-        self._open.clear()
+        with self._lock:
+            self._open.clear()
 
     def _file(self, shard: str) -> _LocalFile | _RemoteFile:
-        file = self._open.get(shard)
-        if file is None:
-            file = self._open[shard] = self._opened(shard)
-            while len(self._open) > MAX_OPEN:
+        with self._lock:
+            file = self._open.pop(shard, None)
+            self._open[shard] = file = file or self._opened(shard)
+            if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
-        else:
-            try:
-                self._open.move_to_end(shard)
-            except KeyError:  # another thread has just let it go; we still hold it
-                self._open[shard] = file
-        return file
+            return file
 
     def _opened(self, shard: str) -> _LocalFile | _RemoteFile:
         uri = self.uris.get(shard)
@@ -139,7 +138,7 @@ class ShardReader:
 
 
 class ShardWriter:
-    """Packs pictures into tars named `<prefix>-00000.tar`, …; equal input gives equal bytes.
+    """Packs pictures into tars named `<prefix>-00000.tar`, …; equal input gives equal bytes. A context manager: leaving it closes the file.
 
     Args:
         folder: where the tars go; made if missing.
@@ -154,6 +153,15 @@ class ShardWriter:
         self._sha = hashlib.sha256()
         self._offset = 0
         folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk was reported when it was written to; closing flushes again
+                self._file.close()
+            self._file = None
 
     @property
     def _name(self) -> str:
@@ -179,12 +187,6 @@ class ShardWriter:
         """Closes the last tar; gives all shards by name, with absolute paths."""
         self._close()
         return self.entries
-
-    def abort(self) -> None:
-        """Closes the file in hand without finishing it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _write(self, data: bytes) -> None:
         with guard_space(self._path, len(data)):

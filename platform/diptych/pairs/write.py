@@ -89,11 +89,9 @@ class DatasetWriter:
         """Boolean, a row a key: True where an earlier `add` kept a pair of that key. Exact."""
         suspects = self.keys.suspects(keys)
         if suspects.any():
-            wanted = keys.filter(suspects).unique().implode()
-            tables = pl.scan_parquet(
-                [self.folder / entry.name for entry in self._tables], glob=False, extra_columns="ignore", schema={"key": pl.String()}
-            )
-            taken = tables.filter(pl.col("key").is_in(wanted.first())).collect()["key"]
+            wanted = keys.filter(suspects).unique()
+            earlier = [pl.scan_parquet(self.folder / entry.name, glob=False).select("key") for entry in self._tables]
+            taken = pl.concat(earlier).filter(pl.col("key").is_in(wanted.implode())).collect()["key"]
             suspects &= keys.is_in(taken.implode())
         return suspects
 
@@ -184,7 +182,8 @@ def parquet_bytes(frame: pl.DataFrame) -> bytes:
 def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType | type[pl.DataType]], *, extras: bool) -> pl.DataFrame:
     """The frame with the schema's columns first, in order, and (with `extras`) others after them by name.
 
-    Null columns and columns of the same kind (`Int32` for `Int64`, fields in another order) are cast. Raises DataError for what does not fit.
+    Null columns and columns of the same kind (`Int32` for `Int64`, fields in another order) are cast. Raises DataError for what does
+    not fit.
     """
     missing = [name for name in schema if name not in frame.columns]
     if missing:

@@ -57,7 +57,7 @@ class TrainSummary:
     advice: str
 
 
-def train(  # noqa: PLR0917
+def train(
     dataset_root: Path,
     split: str | None,
     config: TrainConfig,
@@ -97,18 +97,17 @@ def train(  # noqa: PLR0917
 
     Raises ConfigError for settings that do not fit the data, DataError for broken pictures and for losses that are not finite.
     """
+    from diptych.models import clip
     from diptych.pairs.dataset import PairDataset
 
     with _arithmetic(config.threads):
+        scratch.mkdir(parents=True, exist_ok=True)
         dataset = PairDataset.open(dataset_root)
-        from diptych.models import clip
-
         model = clip.create(model_name if init == "random" else init, seed).to(device).train()
         torch.manual_seed(seed)
         state = _first_state(model, build_objective().to(device), build_optimizer, config.ema, world)
-        loader = PairLoader(
-            _rows(dataset, split, config.avoid), dataset.reader(), model.tokenizer, model.image_size, config, seed, rank, world
-        )
+        rows = _rows(dataset, split, config.avoid)
+        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
         total_steps = config.total_steps(loader.steps_per_epoch)
         identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, **_recipe(config, state)}
         checkpoints = Checkpoints(scratch / "checkpoints", identity)

@@ -48,8 +48,8 @@ class ScheduleConfig(Config):
                 cooldown = _steps(self.cooldown, total)
                 return lambda step: constant_with_cooldown(step, base_lr, warmup, total, cooldown, self.cooldown_power, self.final_lr)
             case "laclip":
-                table = laclip_schedule(base_lr, self.final_lr, 1, total, warmup / total, self.start_lr)
-                return lambda step: table.item(step)
+                rates: list[float] = laclip_schedule(base_lr, self.final_lr, 1, total, warmup / total, self.start_lr).tolist()
+                return rates.__getitem__
 
 
 def cosine(step: int, base_lr: float, warmup: int, total: int, final_lr: float = 0.0) -> float:
@@ -59,7 +59,7 @@ def cosine(step: int, base_lr: float, warmup: int, total: int, final_lr: float =
     return final_lr + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) * (base_lr - final_lr)
 
 
-def constant_with_cooldown(  # noqa: PLR0917
+def constant_with_cooldown(
     step: int, base_lr: float, warmup: int, total: int, cooldown_steps: int, cooldown_power: float = 1.0, cooldown_end_lr: float = 0.0
 ) -> float:
     """Linear warm-up, then `base_lr`, then a polynomial decay over the last `cooldown_steps` to `cooldown_end_lr` at step `total`."""
@@ -68,10 +68,11 @@ def constant_with_cooldown(  # noqa: PLR0917
     into_cooldown = step - (total - cooldown_steps)
     if into_cooldown < 0 or cooldown_steps == 0:
         return base_lr
-    return (1 - into_cooldown / cooldown_steps) ** cooldown_power * (base_lr - cooldown_end_lr) + cooldown_end_lr
+    left: float = (1 - into_cooldown / cooldown_steps) ** cooldown_power
+    return left * (base_lr - cooldown_end_lr) + cooldown_end_lr
 
 
-def laclip_schedule(  # noqa: PLR0917
+def laclip_schedule(
     base: float, final: float, epochs: int, iters_per_epoch: int, warmup_epochs: float = 0, start: float = 0.0
 ) -> NDArray[np.float64]:
     """LaCLIP's learning rate of every iteration, float64 `[epochs * iters_per_epoch]`.

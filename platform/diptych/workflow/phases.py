@@ -152,7 +152,19 @@ def _train(bench: Bench) -> Figures:
     kept_log.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(str(log), kept_log)
     shutil.rmtree(job.scratch, ignore_errors=True)
-    return {**summary, "digest": identity.of_output(job.out)}
+    return {**_training_figures(summary), "rows": _train_rows(bench.dataset("caption")), "digest": identity.of_output(job.out)}
+
+
+def _training_figures(summary: Mapping[str, Any]) -> Figures:
+    """The summary, flat: the last losses by name, and the share of its time that each activity took."""
+    activities = {"wait for data": "data_wait_s", "step": "step_s", "synchronise": "sync_s", "checkpoint": "checkpoint_s"}
+    total = sum(summary[key] for key in activities.values()) or 1.0
+    shares = {name: summary[key] / total for name, key in activities.items()}
+    return {**{key: value for key, value in summary.items() if key != "losses"}, **summary["losses"], "shares": shares}
+
+
+def _train_rows(dataset: PairDataset) -> int:
+    return int(dataset.scan().filter(pl.col("split") == "train").select(pl.len()).collect().item())
 
 
 def _compress(bench: Bench) -> Figures:

@@ -1,0 +1,76 @@
+"""Spherical k-means beside faiss-cpu: CPU seconds of one thread for the same number of iterations over the same rows.
+
+    python tests/benchmarks/bench_kmeans.py [--small] [--rounds 2]
+
+Both start from as many random rows, once; no row is left out. The objective, the mean similarity of all rows to their
+centroids, is computed for both by one function after the clocks have stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import faiss
+import numpy as np
+import torch
+
+from diptych.prune.kmeans import assign, spherical_kmeans
+
+TARGET = 2.5
+ITERATIONS = 10
+
+
+def rows(count: int, width: int, clusters: int) -> torch.Tensor:
+    """Unit rows around random directions, clouds overlapping as those of image features do."""
+    generator = torch.Generator().manual_seed(0)
+    middle_KD = torch.nn.functional.normalize(torch.randn(clusters, width, generator=generator), dim=1)
+    noise_ND = torch.randn(count, width, generator=generator) * (1.2 / width**0.5)
+    return torch.nn.functional.normalize(noise_ND + middle_KD[torch.randint(clusters, (count,), generator=generator)], dim=1)
+
+
+def ours(features_ND: torch.Tensor, k: int) -> torch.Tensor:
+    fit = spherical_kmeans(features_ND, k, ITERATIONS, seed=0, tolerance=-1)
+    assert len(fit.objectives) == ITERATIONS
+    return fit.centroids_KD
+
+
+def peer(features_ND: torch.Tensor, k: int) -> torch.Tensor:
+    count, width = features_ND.shape
+    fit = faiss.Kmeans(width, k, niter=ITERATIONS, nredo=1, spherical=True, max_points_per_centroid=count, seed=0)
+    fit.train(features_ND.numpy())
+    return torch.from_numpy(np.array(fit.centroids))
+
+
+def main() -> None:
+    """Prints one line `BENCH kmeans: …`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="20,000 rows and 200 clusters instead of 200,000 and 1,000")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds, ours and the peer in turn; the best of each counts")
+    options = parser.parse_args()
+    count, k = (20_000, 200) if options.small else (200_000, 1000)
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    features_ND = rows(count, 512, k)
+    spent: dict[str, list[float]] = {"ours": [], "peer": []}
+    found: dict[str, torch.Tensor] = {}
+    for _ in range(options.rounds):
+        for name, run in (("ours", ours), ("peer", peer)):
+            start = time.process_time()
+            found[name] = run(features_ND, k)
+            spent[name].append(time.process_time() - start)
+    objective = {name: float(assign(features_ND, centroids_KD)[1].double().mean()) for name, centroids_KD in found.items()}
+    best = {name: min(seconds) for name, seconds in spent.items()}
+    gigaflops = 2 * count * 512 * k * ITERATIONS / best["ours"] / 1e9
+    print(
+        f"BENCH kmeans: ours {best['ours']:.2f} s, peer {best['peer']:.2f} s, ratio {best['peer'] / best['ours']:.2f}, target {TARGET} "
+        f"(objective ours {objective['ours']:.4f}, peer {objective['peer']:.4f}; {gigaflops:.0f} GFLOP/s; {count} x 512, k {k})"
+    )
+    assert objective["ours"] >= objective["peer"] - 1e-3, "a worse objective than the peer's"
+
+
+if __name__ == "__main__":
+    main()

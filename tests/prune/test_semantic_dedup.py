@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from diptych.core.errors import ConfigError
+from diptych.prune.clusters import Clusters
+from diptych.prune.semantic_dedup import Config, default_clusters, similarity_before, similarity_before_by_cluster
+
+
+def planted(originals: int, copies: int, width: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Clustered features and near copies (cosine about 0.99) of some of them; and which row every row was made from."""
+    rng = np.random.default_rng(seed)
+    middles = rng.normal(size=(20, width))
+    base_ND = middles[rng.integers(20, size=originals)] + rng.normal(size=(originals, width))
+    base_ND /= np.linalg.norm(base_ND, axis=1, keepdims=True)
+    source = rng.choice(originals, copies, replace=False)
+    copy_ND = base_ND[source] + rng.normal(size=(copies, width)) * 0.14 / np.sqrt(width)
+    return np.concatenate([base_ND, copy_ND]), np.concatenate([np.arange(originals), source])
+
+
+@pytest.mark.parametrize("keep", ["hard", "easy", "random"])
+def test_planted_near_copies_are_found(run_pass, pairs, keep: str) -> None:
+    features_ND, source = planted(2000, 400)
+    table = pairs(features_ND)
+    outcome = run_pass(Config(epsilon=0.05, keep=keep, clusters=10).build(0), [table])
+    left = {key: source[int(key[1:])] for key in outcome.rejected["key"]}
+    doubled = set(source[2000:])
+    found = doubled & set(left.values())
+    kept_source = source[[int(key[1:]) for key in outcome.kept]]
+    assert len(found) >= 0.95 * len(doubled)
+    assert sum(origin not in doubled for origin in left.values()) < 0.02 * 2000
+    assert doubled <= set(kept_source), "one of a pair of copies always stays"
+    assert set(outcome.rejected["reason"]) == {"near copy"}
+    assert outcome.rejected["score"].min() > 0.95
+
+
+def test_the_same_pairs_stay_however_the_pool_is_cut(run_pass, pairs, cut) -> None:
+    features_ND, _ = planted(400, 200)
+    table = pairs(np.concatenate([features_ND, features_ND[:100]]))  # exact copies: ties in the distance
+    method = Config(epsilon=0.05, clusters=6, sample=300).build(7)
+    expected = run_pass(method, [table])
+    assert 300 < len(expected.kept) < 500
+    for sizes, seed, buckets in [([200, 200], None, 1), ([1, 37, 400], 5, 2), ([50] * 12, 6, 7)]:
+        outcome = run_pass(method, cut(table, sizes, seed), buckets)
+        assert outcome.kept == expected.kept
+        assert outcome.rejected.equals(expected.rejected)
+
+
+def test_of_exact_copies_the_smallest_key_stays(run_pass, pairs, directions) -> None:
+    table = pairs(np.repeat(directions(4, 1, 8, 1.0), 5, axis=0))
+    outcome = run_pass(Config(epsilon=0.01, clusters=1).build(0), [table.reverse()])
+    assert outcome.kept == ["p000000", "p000005", "p000010", "p000015"]
+
+
+@pytest.mark.parametrize("epsilon", [0.2, 1.0, 1.9])
+def test_the_first_pair_of_a_cluster_always_stays(run_pass, pairs, directions, epsilon: float) -> None:
+    table = pairs(directions(6, 30, 8, 0.3))
+    outcome = run_pass(Config(epsilon=epsilon, clusters=3).build(0), [table])
+    clusters = outcome.state.label(torch.from_numpy(table["feature"].to_numpy().copy()))
+    kept = set(outcome.kept)
+    assert {label for key, label in zip(table["key"], clusters, strict=True) if key in kept} == set(clusters)
+
+
+@pytest.mark.parametrize(("keep", "stays"), [("hard", "far"), ("easy", "near")])
+def test_keep_says_which_copy_stays(keep: str, stays: str) -> None:
+    angles = {"near": 0.10, "far": 0.12}
+    features = pl.Series([[np.cos(a), np.sin(a)] for a in angles.values()], dtype=pl.Array(pl.Float32, 2))
+    batch = pl.DataFrame({"key": list(angles), "feature": features, "group": [0, 0]})
+    verdict = Config(epsilon=0.01, keep=keep).build(0).apply(batch, Clusters(np.array([[1, 0]], dtype=np.float32), 2))
+    assert verdict.kept["key"].to_list() == [stays]
+    np.testing.assert_allclose(verdict.rejected["score"], np.cos(0.02), atol=1e-6)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 64, 1000])
+def test_similarity_before_is_the_maximum_of_the_upper_triangle(tile_rows: int) -> None:
+    features_MD = normalize(torch.randn(100, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    expected_M = (features_MD @ features_MD.t()).triu(diagonal=1).amax(dim=0)
+    torch.testing.assert_close(similarity_before(features_MD, tile_rows), expected_M, atol=1e-6, rtol=0)
+    assert similarity_before(features_MD, tile_rows)[0] == 0
+    assert similarity_before(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), tile_rows).tolist() == [0, 0]
+
+
+def test_a_removed_pair_still_removes_others() -> None:
+    angles = torch.tensor([0.0, 0.1, 0.2])
+    chain_MD = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert (similarity_before(chain_MD) > np.cos(0.15)).tolist() == [False, True, True]
+
+
+def test_clusters_of_one_are_marked() -> None:
+    features_ND = torch.eye(3)
+    largest_N = similarity_before_by_cluster(features_ND, [np.array([2]), np.array([0, 1]), np.array([], dtype=np.int64)])
+    assert largest_N.tolist() == [0, 0, -2]
+
+
+def test_default_clusters() -> None:
+    assert [default_clusters(rows) for rows in (0, 999, 5000, 10**6)] == [1, 1, 5, 1000]
+
+
+def test_configuration() -> None:
+    config = Config.parse({"method": "semantic-dedup", "epsilon": 0.03})
+    assert (config.epsilon, config.keep, config.features) == (0.03, "hard", "pixels")
+    for wrong in ({"epsilon": 0}, {"epsilon": 2}, {"keep": "first"}, {"clusters": 0}, {"features": ""}):
+        with pytest.raises(ConfigError):
+            Config.parse(wrong)
+
+
+def test_needs_and_report(run_pass, pairs, directions) -> None:
+    method = Config(clusters=2).build(0)
+    outcome = run_pass(method, [pairs(directions(2, 20, 8, 0.3))])
+    assert method.needs == {"captions", "features"}
+    assert method.report(outcome.state) == {"pairs": 40, "clusters": 2}
+    assert method.state_bytes(40, 8) >= outcome.state.centroids_KD.nbytes

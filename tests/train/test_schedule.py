@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diptych.core.errors import ConfigError
+from diptych.train.schedule import ScheduleConfig, constant_with_cooldown, cosine, laclip_schedule
+
+VECTORS = Path(__file__).parents[1] / "golden" / "vectors"
+
+
+def test_cosine_meets_its_corners() -> None:
+    rates = [cosine(step, 1.0, 10, 110, final_lr=0.1) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_constant_decays_over_its_last_steps_only() -> None:
+    rates = [constant_with_cooldown(step, 1.0, 5, 100, 20, 2.0, 0.2) for step in range(101)]
+    assert rates[4:81] == [1.0] * 77
+    assert rates[90] == pytest.approx(0.25 * 0.8 + 0.2) and rates[100] == pytest.approx(0.2)
+    assert constant_with_cooldown(99, 1.0, 0, 100, 0) == 1.0
+
+
+def test_laclip_warms_up_with_both_ends() -> None:
+    table = laclip_schedule(1e-3, 1e-5, 5, 7, 1, 1e-6)
+    assert table.shape == (35,) and table.dtype == np.float64
+    assert table[0] == 1e-6 and table[6] == table[7] == pytest.approx(1e-3)
+    middle = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 14 / 28))
+    assert table[21] == pytest.approx(middle) and table[-1] > 1e-5
+
+
+def test_reference_schedules_of_clip() -> None:
+    path = VECTORS / "clip.npz"
+    if not path.exists():
+        pytest.skip("no reference vectors")
+    golden = np.load(path)
+    given = {key.removeprefix("lr/in/"): golden[key] for key in golden if key.startswith("lr/in/")}
+    base, warmup, total = float(given["base_lr"]), int(given["warmup"]), int(given["total"])
+    cooldown = int(given["cooldown_steps"]), float(given["cooldown_power"]), float(given["cooldown_end_lr"])
+    steps = given["step"].tolist()
+    np.testing.assert_allclose([cosine(step, base, warmup, total) for step in steps], golden["lr/out/cosine"], rtol=1e-12, atol=1e-18)
+    ours = [constant_with_cooldown(step, base, warmup, total, *cooldown) for step in steps]
+    np.testing.assert_allclose(ours, golden["lr/out/const_cooldown"], rtol=1e-12, atol=1e-18)
+
+
+def test_reference_schedules_of_laclip() -> None:
+    path = VECTORS / "laclip.npz"
+    if not path.exists():
+        pytest.skip("no reference vectors")
+    golden = np.load(path)
+    cases = [key for key in golden if key.startswith("sched_") and key.endswith("_args")]
+    assert cases
+    for key in cases:
+        base, final, epochs, iters, warmup, start = golden[key].tolist()
+        ours = laclip_schedule(base, final, int(epochs), int(iters), warmup, start)
+        np.testing.assert_allclose(ours, golden[key.removesuffix("_args")], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant", "laclip"])
+def test_every_kind_builds_and_peaks_at_the_base_rate(kind: str) -> None:
+    config = ScheduleConfig.parse({"kind": kind, "warmup": 0.1, "final_lr": 1e-5, "cooldown": 0.2})
+    schedule = config.build(2e-3, 50)
+    rates = [schedule(step) for step in range(50)]
+    assert max(rates) == pytest.approx(2e-3) and rates[0] < 1e-3 and rates[-1] < 5e-4
+    by_steps = ScheduleConfig.parse({"kind": kind, "warmup": 5, "final_lr": 1e-5, "cooldown": 10}).build(2e-3, 50)
+    assert [by_steps(step) for step in range(50)] == rates
+
+
+@pytest.mark.parametrize("warmup", [0, 0.0, 1, 50, 900])
+def test_any_warmup_gives_finite_rates(warmup: float) -> None:
+    for kind in ("cosine", "constant", "laclip"):
+        schedule = ScheduleConfig.parse({"kind": kind, "warmup": warmup}).build(1.0, 50)
+        assert all(0 <= schedule(step) <= 1 for step in range(50))
+
+
+def test_a_share_above_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="share below 1"):
+        ScheduleConfig.parse({"warmup": 1.5})
