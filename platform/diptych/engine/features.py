@@ -29,13 +29,14 @@ ENCODE_BATCH = 128
 class FeatureSpec(Config):
     """Which features: `pixels`, or a model by name or directory.
 
-    `weights` is the digest of the model's files (empty for `pixels` and for names), `cache` a folder where features
-    are kept between runs (none when empty).
+    `weights` is the digest of the model's files (empty for `pixels` and for names), `pictures` the digest of the shards,
+    `cache` a folder where features are kept between runs (none when empty).
     """
 
     name: str
     weights: str = ""
     seed: int = 0
+    pictures: str = ""
     cache: str = ""
 
 
@@ -61,8 +62,8 @@ def compute(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDAr
 def _cached(spec: FeatureSpec, frame: pl.DataFrame) -> Path | None:
     if not spec.cache:
         return None
-    images = frame.select("key", "image").hash_rows(seed=1, seed_1=2, seed_2=3, seed_3=4).to_numpy()
-    identity = digest.of_plain([spec.name, spec.weights, spec.seed, digest.of_bytes(images.tobytes()), frame["key"].to_list()[:1]])
+    rows = frame.select("key", pl.col("image").struct.unnest()).write_csv(include_header=False).encode()
+    identity = digest.of_plain([spec.name, spec.weights, spec.seed, spec.pictures, digest.of_bytes(rows)])
     return Path(spec.cache) / f"{identity.removeprefix('sha256:')}.npy"
 
 
@@ -113,7 +114,7 @@ def _encoded(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDA
     encoder = model(spec.name, spec.weights, spec.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
-    parts = []
+    parts: list[NDArray[np.float32]] = []
     with torch.inference_mode():
         parts.extend(
             encoder.encode_image(torch.from_numpy(image_NCHW).to(device)).float().cpu().numpy()

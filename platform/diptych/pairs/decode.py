@@ -79,7 +79,7 @@ def decode_train(
     Args:
         data: the encoded picture.
         size: side of the result in pixels.
-        box: what to keep, in pixels of the stored picture.
+        box: what to keep, in pixels of the stored picture. In a JPEG decoded at 1/factor its edges move by at most factor / 2.
         picture_size: (width, height) that the box was made for; a picture of another size is refused.
 
     Raises DataError as `decode`, and if the size is another.
@@ -94,7 +94,7 @@ def decode_train(
     pixels = _decode_jpeg(data, -(-height // factor), -(-width // factor)) if factor > 1 else _decode_jpeg(data)
     if pixels is None:
         pixels, factor = flatten(_decode_pillow(data, where, max_pixels), background), 1
-    return crop(pixels, size, box if factor == 1 else _scaled(box, factor))
+    return crop(pixels, size, box if factor == 1 else _snapped(box, factor))
 
 
 def crop(picture_HWC: Pixels, size: int, box: Box) -> Pixels:
@@ -175,11 +175,11 @@ def _to_rgb(picture: Image.Image) -> Pixels:
     return np.asarray(picture.convert("RGB"))
 
 
-def _scaled(box: Box, factor: int) -> Box:
-    """The box in a picture decoded at 1/factor, inside it."""
+def _snapped(box: Box, factor: int) -> Box:
+    """The box in a picture decoded at 1/factor: its edges on the nearest whole pixels there."""
     left, top, width, height = box
-    new_left, new_top = left // factor, top // factor
-    return new_left, new_top, max(1, (left + width) // factor - new_left), max(1, (top + height) // factor - new_top)
+    new_left, new_top = round(left / factor), round(top / factor)
+    return new_left, new_top, round((left + width) / factor) - new_left, round((top + height) / factor) - new_top
 
 
 def _check_pixels(width: int, height: int, where: str, limit: int) -> None:

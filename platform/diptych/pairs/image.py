@@ -30,8 +30,8 @@ class ImageLimits(Config):
     max_bytes: int = Field(default=64 << 20, gt=0, description="length of the encoded picture, bytes")
 
 
-class ImageFault(ValueError):
-    """Why a picture cannot be used; `reason` is short and countable."""
+class Fault(ValueError):  # noqa: N818 - a pair is at fault, not the program
+    """Why a pair cannot be used; `reason` is short and countable."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -57,7 +57,7 @@ class ImageInfo:
 def probe(data: bytes, limits: ImageLimits | None = None) -> ImageInfo:
     """Reads a picture's header; no pixel is decoded. `data` may be its first part only, where the header lies in it.
 
-    Raises ImageFault: `empty image`, `too many bytes`, `not an image`, `truncated image`, `too many pixels (decompression bomb)`.
+    Raises Fault: `empty image`, `too many bytes`, `not an image`, `truncated image`, `too many pixels (decompression bomb)`.
     """
     limits = limits or ImageLimits()
     with _opened(data, limits) as picture:
@@ -77,14 +77,14 @@ def verify(data: bytes, limits: ImageLimits | None = None) -> ImageInfo:
 def to_rgb(data: bytes, background: tuple[int, int, int] = (255, 255, 255), limits: ImageLimits | None = None) -> Image.Image:
     """The picture as 8-bit RGB: the first frame, transparency laid on `background`, CMYK, palettes and 16 bits converted.
 
-    EXIF orientation is not applied, as in CLIP's own preprocessing. Raises ImageFault.
+    EXIF orientation is not applied, as in CLIP's own preprocessing. Raises Fault.
     """
     with _opened(data, limits or ImageLimits()) as picture:
         return _flattened(picture, background)
 
 
 def to_eight_bits(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """The picture's first frame as RGB, or RGBA where it has transparency. Raises ImageFault."""
+    """The picture's first frame as RGB, or RGBA where it has transparency. Raises Fault."""
     with _opened(data, limits or ImageLimits()) as picture:
         picture.load()
         return picture.convert("RGBA") if picture.has_transparency_data else _flattened(picture, (255, 255, 255))
@@ -94,26 +94,26 @@ def to_eight_bits(data: bytes, limits: ImageLimits | None = None) -> Image.Image
 def _opened(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
     """The picture behind its header, within the limits; whatever Pillow raises becomes a fault."""
     if not data:
-        raise ImageFault("empty image")
+        raise Fault("empty image")
     if len(data) > limits.max_bytes:
-        raise ImageFault("too many bytes")
+        raise Fault("too many bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the first line, Pillow's error the second
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > limits.max_pixels:
-                    raise ImageFault("too many pixels (decompression bomb)")
+                    raise Fault("too many pixels (decompression bomb)")
                 if picture.width * picture.height == 0:
-                    raise ImageFault("not an image")
+                    raise Fault("not an image")
                 yield picture
-    except ImageFault:
+    except Fault:
         raise
     except Image.DecompressionBombError:
-        raise ImageFault("too many pixels (decompression bomb)") from None
+        raise Fault("too many pixels (decompression bomb)") from None
     except UnidentifiedImageError:
-        raise ImageFault("truncated image" if _begins_like_an_image(data) else "not an image") from None
+        raise Fault("truncated image" if _begins_like_an_image(data) else "not an image") from None
     except _BROKEN as error:
-        raise ImageFault("truncated image" if _is_cut(data, error) else "corrupt image") from error
+        raise Fault("truncated image" if _is_cut(data, error) else "corrupt image") from error
 
 
 def _begins_like_an_image(data: bytes) -> bool:

@@ -18,12 +18,11 @@ import polars as pl
 from PIL import Image
 from pydantic import Field
 
-from diptych.core.chance import key_hash
 from diptych.core.config import Config
 from diptych.core.errors import DataError, Problem
 from diptych.core.points import RawPair, Source
 from diptych.pairs.dataset import PairDataset
-from diptych.pairs.image import EXTENSIONS, ImageFault, ImageInfo, ImageLimits, probe, to_eight_bits, verify
+from diptych.pairs.image import EXTENSIONS, Fault, ImageInfo, ImageLimits, probe, to_eight_bits, verify
 from diptych.pairs.manifest import PhaseRecord, ShardEntry
 from diptych.pairs.schema import MAX_CAPTION_CHARS, MAX_KEY_BYTES, PAIRS, REJECTS
 from diptych.pairs.shards import ShardWriter
@@ -142,7 +141,7 @@ class _Packer:
         self.rejected: list[dict[str, Any]] = []
         self.removed: Counter[str] = Counter()
         self.placed: dict[str, ShardEntry] = {}
-        self.seen: set[int] = set()
+        self.seen: set[str] = set()
 
     def take(self, raw: RawPair) -> None:
         captions, faults = check_captions(raw.captions)
@@ -150,20 +149,20 @@ class _Packer:
         image = None
         try:
             if reason := raw.fault or fault:
-                raise ImageFault(reason)
+                raise Fault(reason)
             if not captions:
-                raise ImageFault(faults[0] if faults else "no caption")
+                raise Fault(faults[0] if faults else "no caption")
             if not raw.split:
-                raise ImageFault("no split")
-            if key_hash(key) in self.seen:
-                raise ImageFault("duplicate key")
+                raise Fault("no split")
+            if key in self.seen:
+                raise Fault("duplicate key")
             image = self._stored(key, raw)
-        except ImageFault as error:
+        except Fault as error:
             self.rejected.append(
                 {"key": key, "phase": METHOD, "method": METHOD, "reason": error.reason, "image": image, "captions": captions or None}
             )
             return
-        self.seen.add(key_hash(key))
+        self.seen.add(key)
         self.removed.update(faults)
         self.kept.append({"key": key, "image": image, "captions": captions, "split": raw.split})
         self.extras.append(raw.extra)
@@ -179,7 +178,7 @@ class _Packer:
         if isinstance(raw, PlacedPair):
             return self._placed(raw)
         if raw.image is None:
-            raise ImageFault("no image")
+            raise Fault("no image")
         info = (verify if self.config.check == "decode" else probe)(raw.image, self.config.limits)
         data, info = stored(raw.image, info, self.config.store, self.config.limits)
         return {**self.shards.add(key, EXTENSIONS[info.format], data), "width": info.width, "height": info.height}
@@ -187,13 +186,11 @@ class _Packer:
     def _placed(self, raw: PlacedPair) -> dict[str, Any]:
         """The place of a picture that already lies in a tar."""
         if raw.size > self.config.limits.max_bytes:
-            raise ImageFault("too many bytes")
-        if self.config.check == "decode":
-            info = verify(raw.load(raw.size), self.config.limits)
-        else:
-            info = _probe_head(raw, self.config.limits)
+            raise Fault("too many bytes")
+        whole = self.config.check == "decode"
+        info = verify(raw.load(raw.size), self.config.limits) if whole else _probe_head(raw, self.config.limits)
         if info.format not in EXTENSIONS:
-            raise ImageFault(f"{info.format} cannot be used in place")
+            raise Fault(f"{info.format} cannot be used in place")
         self.placed.setdefault(raw.shard, raw.entry)
         return {"shard": raw.shard, "offset": raw.offset, "size": raw.size, "width": info.width, "height": info.height}
 
@@ -201,7 +198,7 @@ class _Packer:
 def _probe_head(raw: PlacedPair, limits: ImageLimits) -> ImageInfo:
     try:
         return probe(raw.load(HEAD_BYTES), limits)
-    except ImageFault as fault:
+    except Fault as fault:
         if raw.size <= HEAD_BYTES or "bomb" in fault.reason:
             raise
         return probe(raw.load(raw.size), limits)  # a thumbnail or a colour profile may stand before the size
@@ -246,7 +243,7 @@ def check_key(key: str) -> tuple[str, str | None]:
 def stored(data: bytes, info: ImageInfo, store: StoreConfig, limits: ImageLimits) -> tuple[bytes, ImageInfo]:
     """The picture as it is packed, and what it then is. Bytes that need no change are not touched.
 
-    Animations, CMYK, 16 bits, BMP and TIFF are decoded and packed as PNG (CMYK JPEGs as JPEG). Raises ImageFault.
+    Animations, CMYK, 16 bits, BMP and TIFF are decoded and packed as PNG (CMYK JPEGs as JPEG). Raises Fault.
     """
     shrink = store.short_side is not None and min(info.width, info.height) > store.short_side
     wanted = {"jpeg": "JPEG", "webp": "WEBP"}.get(store.format, info.format)
@@ -264,9 +261,14 @@ def stored(data: bytes, info: ImageInfo, store: StoreConfig, limits: ImageLimits
 
 
 def _encoded(picture: Image.Image, format: str) -> bytes:
-    options: dict[str, Any] = {"JPEG": {"quality": 90}, "WEBP": {"lossless": True}, "PNG": {}}[format]
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    match format:
+        case "JPEG":
+            picture.save(buffer, "JPEG", quality=90)
+        case "WEBP":
+            picture.save(buffer, "WEBP", lossless=True)
+        case _:
+            picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -7,14 +7,14 @@ import io
 from PIL import Image
 
 from diptych.core.errors import DataError
-from diptych.pairs.image import ImageFault, to_rgb
+from diptych.pairs.image import Fault, to_rgb
 
 
 def webp(data: bytes, side: int, quality: int = 70) -> bytes:
     """A picture as WebP of at most `side` x `side` pixels, on white. Raises DataError if it cannot be decoded."""
     try:
         picture = to_rgb(data)
-    except ImageFault as fault:
+    except Fault as fault:
         raise DataError.at("A picture cannot be shown", "thumbnail", f"<{fault.reason}>", "a whole picture") from None
     picture.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

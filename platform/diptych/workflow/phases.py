@@ -84,10 +84,11 @@ def _pairs(phase: str) -> Callable[[Bench], Figures]:
         workflow = bench.workflow
         (before,) = identity.INPUTS[phase]
         configs: Sequence[Config] = workflow.methods(phase)
+        source = bench.dataset(before)
         dataset = passes.run(
-            bench.dataset(before), configs, phase, bench.folder(phase), seed=workflow.seed, session=bench.session,
+            source, configs, phase, bench.folder(phase), seed=workflow.seed, session=bench.session,
             scratch=bench.scratch, code=identity.code(phase), version=__version__, progress=bench.progress,
-            feature_specs=_feature_specs(configs, bench),
+            feature_specs=_feature_specs(configs, bench, source),
         )  # fmt: skip
         return {**_ledger(dataset), "captions_per_pair": _captions_per_pair(dataset)}
 
@@ -111,8 +112,9 @@ def _captions_per_pair(dataset: PairDataset) -> float:
     return round(float(value or 0.0), 3)
 
 
-def _feature_specs(configs: Sequence[Config], bench: Bench) -> dict[str, FeatureSpec]:
+def _feature_specs(configs: Sequence[Config], bench: Bench, dataset: PairDataset) -> dict[str, FeatureSpec]:
     """The features that the methods of a phase ask for, by the name they use."""
+    pictures = digest.of_plain([[name, shard.sha256 or shard.uri, shard.size_bytes] for name, shard in sorted(dataset.shards.items())])
     specs = {}
     for config in configs:
         name = getattr(config, "features", None)
@@ -123,7 +125,7 @@ def _feature_specs(configs: Sequence[Config], bench: Bench) -> dict[str, Feature
             if "/" in name and Path(name.removeprefix("local-dir:")).is_dir()
             else ""
         )
-        specs[name] = FeatureSpec(name=name, weights=weights, seed=bench.workflow.seed, cache=str(bench.cache / "features"))
+        specs[name] = FeatureSpec(name=name, weights=weights, seed=bench.workflow.seed, pictures=pictures, cache=str(bench.cache / "features"))
     return specs
 
 

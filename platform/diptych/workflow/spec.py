@@ -277,7 +277,7 @@ def set_value(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
         if isinstance(node, list):
-            part = _index(node, part, where)  # type: ignore[assignment]  # noqa: PLW2901
+            part = _index(node, part, where)  # noqa: PLW2901
         elif not isinstance(node, dict):
             raise ConfigError.at(headline(1), where, node, "a mapping or a list to enter")
         elif not last and not isinstance(node.get(part), dict | list):
@@ -285,7 +285,7 @@ def set_value(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
         if last:
             node[part] = value
         else:
-            node = node[part]  # type: ignore[index]
+            node = node[part]
 
 
 def _index(entries: list[Any], part: str, where: str) -> int:
