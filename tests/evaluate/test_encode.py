@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize as unit
 
-from diptych.evaluate import encode
+from diptych.evaluate import encode, retrieval, zero_shot
 from diptych.evaluate.encode import ModelEncoder, encode_images, encode_texts
 from diptych.models.tokenizer import Tokenizer
 
@@ -23,8 +25,7 @@ class SmallDual(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.tokenizer = Tokenizer(77)
-        self.image_size = 4
-        self.context_length = 77
+        self.preprocess_cfg = {"size": 4}
         self.text_shapes: list[tuple[int, ...]] = []
         self.image_shapes: list[tuple[int, ...]] = []
 
@@ -114,6 +115,44 @@ def test_model_encoder_reads_pixels_in_blocks(model, monkeypatch):
     assert [shape[0] for shape in model.image_shapes] == [2, 2, 2, 1]
     assert encoder.images(pairs[[6, 2]]) == pytest.approx(feature[[6, 2]], abs=1e-6)
     assert encoder.logit_scale == pytest.approx(np.exp(2.0))
-    assert encoder.settings == {"image_size": 4}
+    assert encoder.settings == {"size": 4}
     assert encoder.texts(["x", "y"]).shape == (2, 6)
     assert ModelEncoder(model, load_pixels, settings={"crop": "centre"}).settings == {"crop": "centre"}
+
+
+def test_another_tokenizer_is_left_alone(model):
+    """Its end token need not have the largest id, so its batches are neither sorted nor cut."""
+    ids = np.array([[5, 9, 1, 0], [5, 1, 0, 0], [9, 5, 1, 0]])
+    model.tokenizer = type("Foreign", (), {"encode_cut": lambda self, texts: ids[: len(texts)]})()
+    encode_texts(model, ["a", "b", "c"], batch_size=2)
+    assert model.text_shapes == [(2, 4), (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    from diptych.models.clip import create
+
+    return create("vit-micro-40", seed=0).eval()
+
+
+def test_a_dual_encoder_of_ours(clip):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (5, 3, clip.image_size, clip.image_size), dtype=np.uint8)
+    texts = ["a cat", "", "a photo of two dogs in the snow", "naïve café", "word " * 99]
+    encoder = ModelEncoder(clip, lambda rows: image[rows["row"].to_numpy()])
+    with torch.no_grad():
+        image_ND, text_ND, scale = clip(torch.from_numpy(image), torch.from_numpy(clip.tokenizer.encode(texts)))
+    assert encoder.images(pl.DataFrame({"row": range(5)})) == pytest.approx(image_ND.numpy(), abs=1e-5)
+    assert encoder.texts(texts) == pytest.approx(text_ND.numpy(), abs=1e-5)
+    assert encoder.logit_scale == pytest.approx(float(scale))
+
+
+def test_rows_of_a_dual_encoder_name_its_preprocessing(clip, pairs_of):
+    image = np.random.default_rng(0).integers(0, 256, (6, 3, clip.image_size, clip.image_size), dtype=np.uint8)
+    pairs = pairs_of([str(i) for i in range(6)], [["a dot"]] * 6, label=[0, 1, 2] * 2, label_name=["a", "b", "c"] * 2)
+    encoder = ModelEncoder(clip, lambda rows: image[rows["key"].cast(int).to_numpy()])
+    for config in (zero_shot.Config(), retrieval.Config()):
+        rows = config.build().run(encoder, pairs, "dots", seed=0)
+        assert rows[0].settings["preprocessing"]["size"] == clip.image_size
+        assert json.loads(json.dumps(rows[0].settings)) == rows[0].settings
+        assert all(row.low <= row.value <= row.high for row in rows)

@@ -31,7 +31,9 @@ def reference_eval(data: bytes, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "height"), [(160, 120), (119, 163), (64, 64), (301, 40), (41, 40), (20, 33)])
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 90}), ("JPEG", {"quality": 75, "subsampling": 0}), ("PNG", {}), ("WEBP", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {"quality": 90}), ("JPEG", {"quality": 75, "subsampling": 0}), ("PNG", {}), ("WEBP", {})]
+)
 def test_evaluation_pixels_are_pillows(width: int, height: int, kind: str, options: dict[str, int]) -> None:
     data = encoded(photo(width, height), kind, **options)
     ours = decode_eval(data, 40)
@@ -124,7 +126,10 @@ def test_other_bytes_and_formats_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_large_picture_is_refused_before_it_is_decoded(kind: str) -> None:
     data = encoded(photo(300, 200), kind)
-    for call in (lambda: decode(data, "big", max_pixels=59_999), lambda: decode_train(data, 8, (0, 0, 9, 9), (300, 200), "big", max_pixels=59_999)):
+    for call in (
+        lambda: decode(data, "big", max_pixels=59_999),
+        lambda: decode_train(data, 8, (0, 0, 9, 9), (300, 200), "big", max_pixels=59_999),
+    ):
         with pytest.raises(DataError, match="big") as error:
             call()
         assert "300 x 200" in str(error.value)

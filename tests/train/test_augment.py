@@ -24,19 +24,30 @@ def pictures(count: int, side: int = 9) -> np.ndarray:
 def test_crops_lie_inside_and_have_the_area_and_aspect_asked_for() -> None:
     box = drawn(crop_scale=[0.3, 0.6], crop_ratio=[0.8, 1.25]).box_N4
     left, top, width, height = box.T
-    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 64).all() and (top + height <= 48).all()
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (left + width <= 64).all()
+    assert (top + height <= 48).all()
     share, aspect = width * height / (64 * 48), width / height
-    assert 0.28 < share.min() and share.max() < 0.62 and 0.43 < share.mean() < 0.47
-    assert 0.76 < aspect.min() and aspect.max() < 1.32
-    assert np.corrcoef(left, top)[0, 1] ** 2 < 0.01 and len(np.unique(left)) > 20
+    assert share.min() > 0.28
+    assert share.max() < 0.62
+    assert 0.43 < share.mean() < 0.47
+    assert aspect.min() > 0.76
+    assert aspect.max() < 1.32
+    assert np.corrcoef(left, top)[0, 1] ** 2 < 0.01
+    assert len(np.unique(left)) > 20
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 20), (20, 400), (1, 1), (2, 900)])
 def test_pictures_of_extreme_aspect_get_the_largest_allowed_box(width: int, height: int) -> None:
     left, top, w, h = drawn(width=width, height=height).box_N4.T
-    assert (w >= 1).all() and (h >= 1).all() and (left + w <= width).all() and (top + h <= height).all()
+    assert (w >= 1).all()
+    assert (h >= 1).all()
+    assert (left + w <= width).all()
+    assert (top + h <= height).all()
     if min(width, height) == 20:
-        assert (np.maximum(w, h) == 27).all() and (np.minimum(w, h) == 20).all()
+        assert (np.maximum(w, h) == 27).all()
+        assert (np.minimum(w, h) == 20).all()
         assert (np.abs(left + w / 2 - width / 2) <= 1).all()
 
 
@@ -57,7 +68,9 @@ def test_one_augmentation_does_not_move_the_draws_of_another() -> None:
 
 def test_the_default_recipe_only_crops() -> None:
     draws = drawn()
-    assert not draws.flip_N.any() and not draws.angle_N.any() and (draws.background_N3 == 255).all()
+    assert not draws.flip_N.any()
+    assert not draws.angle_N.any()
+    assert (draws.background_N3 == 255).all()
     assert not AugmentConfig().recolors
     np.testing.assert_array_equal(recolor(pictures(2000), draws), pictures(2000))
 
@@ -67,7 +80,9 @@ def test_shares_are_kept() -> None:
     assert 0.46 < draws.flip_N.mean() < 0.54
     grey = np.isclose(draws.colour_N33, np.outer(np.ones(3), LUMA)).all(axis=(1, 2))
     assert 0.26 < grey.mean() < 0.34
-    assert draws.angle_N.min() > -15 and draws.angle_N.max() < 15 and abs(draws.angle_N.mean()) < 1
+    assert draws.angle_N.min() > -15
+    assert draws.angle_N.max() < 15
+    assert abs(draws.angle_N.mean()) < 1
     assert 110 < draws.background_N3.mean() < 145
 
 
@@ -92,7 +107,8 @@ def test_brightness_contrast_and_saturation_are_what_their_names_say() -> None:
     np.testing.assert_allclose(recolor(image, only(4, contrast=0.6)), mean + 0.6 * (image - mean), atol=0.51)
     np.testing.assert_allclose(recolor(image, only(4, saturation=0.3)), luma + 0.3 * (image - luma), atol=0.51)
     grey = recolor(image, only(4, saturation=0.0))
-    assert (grey[:, 0] == grey[:, 1]).all() and (grey[:, 1] == grey[:, 2]).all()
+    assert (grey[:, 0] == grey[:, 1]).all()
+    assert (grey[:, 1] == grey[:, 2]).all()
 
 
 def test_brightness_and_contrast_combine_in_this_order() -> None:
@@ -123,10 +139,13 @@ def test_recolouring_does_not_depend_on_the_batch() -> None:
 def test_turning_shows_the_background_in_the_corners() -> None:
     image = np.zeros((21, 21, 3), dtype=np.uint8)
     turned = turn(image, 45.0, (10, 200, 30))
-    assert tuple(turned[0, 0]) == (10, 200, 30) and tuple(turned[10, 10]) == (0, 0, 0)
+    assert tuple(turned[0, 0]) == (10, 200, 30)
+    assert tuple(turned[10, 10]) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("wrong", [{"crop_scale": [0.9, 0.5]}, {"crop_scale": [0.0, 1.0]}, {"crop_ratio": [2.0, 1.0]}, {"hue": 0.7}, {"crop": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop_scale": [0.9, 0.5]}, {"crop_scale": [0.0, 1.0]}, {"crop_ratio": [2.0, 1.0]}, {"hue": 0.7}, {"crop": 1}]
+)
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         AugmentConfig.parse(wrong)

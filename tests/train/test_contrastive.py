@@ -35,7 +35,9 @@ def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(accumulate
     whole_loss, whole, _ = gradients(1)
     loss, parts, _ = gradients(accumulate)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
-    assert parts.keys() == whole.keys() and "loss.bias" in whole and "logit_scale" in whole
+    assert parts.keys() == whole.keys()
+    assert "loss.bias" in whole
+    assert "logit_scale" in whole
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-8)
         assert whole[name].abs().max() > 0
@@ -83,7 +85,8 @@ def test_each_micro_batch_is_encoded_twice_and_only_one_is_held() -> None:
     model.image.insert(2, Watched())
     Contrastive(model, TinyLoss(), 4).losses(batch(), 0)["loss"].backward()
     assert model.calls == 8
-    assert len(alive) == 8 and most <= 2
+    assert len(alive) == 8
+    assert most <= 2
 
 
 def test_bf16_encodes_in_bf16_and_compares_in_float32() -> None:
@@ -98,7 +101,8 @@ def test_bf16_encodes_in_bf16_and_compares_in_float32() -> None:
     model.image[1].register_forward_hook(lambda _module, _args, output: seen.update(hidden=output.dtype))
     bf16 = Contrastive(model, Loss(), 2, "bf16").losses(batch(), 0)["loss"]
     bf16.backward()
-    assert seen == {"hidden": torch.bfloat16, "features": torch.float32} and bf16.dtype == torch.float32
+    assert seen == {"hidden": torch.bfloat16, "features": torch.float32}
+    assert bf16.dtype == torch.float32
     assert bf16.item() == pytest.approx(Contrastive(model, TinyLoss()).losses(batch(), 0)["loss"].item(), rel=0.02)
 
 
@@ -113,8 +117,11 @@ def test_the_objective_sees_the_batch_the_model_and_the_step() -> None:
     model, tensors = TinyEncoder(), batch()
     Contrastive(model, Loss()).losses(tensors, 7)
     (encoded,) = seen
-    assert encoded.model is model and encoded.step == 7 and isinstance(encoded.batch, Mapping)
-    assert encoded.logit_scale.item() == pytest.approx(1 / 0.07) and encoded.logit_scale.requires_grad
+    assert encoded.model is model
+    assert encoded.step == 7
+    assert isinstance(encoded.batch, Mapping)
+    assert encoded.logit_scale.item() == pytest.approx(1 / 0.07)
+    assert encoded.logit_scale.requires_grad
     assert torch.equal(encoded.batch["row_N"], tensors["row_N"])
 
 
@@ -123,4 +130,5 @@ def test_the_logit_scale_is_clamped_after_the_step(before: float, after: float) 
     model = TinyEncoder()
     model.logit_scale.data.fill_(before)
     Contrastive(model, TinyLoss()).after_step()
-    assert model.logit_scale.item() == pytest.approx(after) and model.logit_scale.requires_grad
+    assert model.logit_scale.item() == pytest.approx(after)
+    assert model.logit_scale.requires_grad

@@ -36,8 +36,11 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 def test_a_batch_has_the_shapes_and_types_promised() -> None:
     frame, reader = drawings(40)
     batch = loader(frame, reader).batch(0).tensors
-    assert batch["image_NCHW"].shape == (8, 3, 8, 8) and batch["image_NCHW"].dtype == torch.uint8
-    assert batch["text_NL"].shape[0] == 8 and batch["text_NL"].dtype == torch.int64 and batch["row_N"].dtype == torch.int64
+    assert batch["image_NCHW"].shape == (8, 3, 8, 8)
+    assert batch["image_NCHW"].dtype == torch.uint8
+    assert batch["text_NL"].shape[0] == 8
+    assert batch["text_NL"].dtype == torch.int64
+    assert batch["row_N"].dtype == torch.int64
     assert (batch["text_NL"] > 0).any(dim=0).all(), "no column of padding alone"
 
 
@@ -71,7 +74,8 @@ def test_a_pair_looks_the_same_in_any_order_of_the_table() -> None:
             batches[name] = dict(zip(keys, zip(batch.tensors["image_NCHW"], batch.tensors["text_NL"], strict=True), strict=True))
     assert len(batches["sorted"]) == 40
     for key, (image, text) in batches["sorted"].items():
-        assert torch.equal(image, batches["reversed"][key][0]) and torch.equal(text, batches["reversed"][key][1])
+        assert torch.equal(image, batches["reversed"][key][0])
+        assert torch.equal(text, batches["reversed"][key][1])
 
 
 def test_visits_differ_by_epoch_and_seed() -> None:

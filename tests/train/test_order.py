@@ -20,7 +20,9 @@ def test_permute_needs_only_the_indices_asked_for() -> None:
     size = 10**9
     some = np.array([0, 1, size // 2, size - 1])
     image = permute(some, size, 3, 1)
-    assert image.min() >= 0 and image.max() < size and len(set(image.tolist())) == 4
+    assert image.min() >= 0
+    assert image.max() < size
+    assert len(set(image.tolist())) == 4
     np.testing.assert_array_equal(permute(some[2:], size, 3, 1), image[2:])
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -14,24 +15,30 @@ VECTORS = Path(__file__).parents[1] / "golden" / "vectors"
 
 def test_cosine_meets_its_corners() -> None:
     rates = [cosine(step, 1.0, 10, 110, final_lr=0.1) for step in range(111)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_constant_decays_over_its_last_steps_only() -> None:
     rates = [constant_with_cooldown(step, 1.0, 5, 100, 20, 2.0, 0.2) for step in range(101)]
     assert rates[4:81] == [1.0] * 77
-    assert rates[90] == pytest.approx(0.25 * 0.8 + 0.2) and rates[100] == pytest.approx(0.2)
+    assert rates[90] == pytest.approx(0.25 * 0.8 + 0.2)
+    assert rates[100] == pytest.approx(0.2)
     assert constant_with_cooldown(99, 1.0, 0, 100, 0) == 1.0
 
 
 def test_laclip_warms_up_with_both_ends() -> None:
     table = laclip_schedule(1e-3, 1e-5, 5, 7, 1, 1e-6)
-    assert table.shape == (35,) and table.dtype == np.float64
-    assert table[0] == 1e-6 and table[6] == table[7] == pytest.approx(1e-3)
+    assert table.shape == (35,)
+    assert table.dtype == np.float64
+    assert table[0] == 1e-6
+    assert table[6] == table[7] == pytest.approx(1e-3)
     middle = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 14 / 28))
-    assert table[21] == pytest.approx(middle) and table[-1] > 1e-5
+    assert table[21] == pytest.approx(middle)
+    assert table[-1] > 1e-5
 
 
 def test_reference_schedules_of_clip() -> None:
@@ -66,7 +73,9 @@ def test_every_kind_builds_and_peaks_at_the_base_rate(kind: str) -> None:
     config = ScheduleConfig.parse({"kind": kind, "warmup": 0.1, "final_lr": 1e-5, "cooldown": 0.2})
     schedule = config.build(2e-3, 50)
     rates = [schedule(step) for step in range(50)]
-    assert max(rates) == pytest.approx(2e-3) and rates[0] < 1e-3 and rates[-1] < 5e-4
+    assert max(rates) == pytest.approx(2e-3)
+    assert rates[0] < 1e-3
+    assert rates[-1] < 5e-4
     by_steps = ScheduleConfig.parse({"kind": kind, "warmup": 5, "final_lr": 1e-5, "cooldown": 10}).build(2e-3, 50)
     assert [by_steps(step) for step in range(50)] == rates
 

@@ -45,4 +45,5 @@ def test_alone_nothing_happens() -> None:
     parameter.grad = torch.ones(2)
     sync.average_gradients([parameter], 1)
     assert parameter.grad.tolist() == [1, 1]
-    assert sync.agree([True, False], 1, "cpu") == [True, False] and sync.mean([2.0], 1, "cpu") == [2.0]
+    assert sync.agree([True, False], 1, "cpu") == [True, False]
+    assert sync.mean([2.0], 1, "cpu") == [2.0]

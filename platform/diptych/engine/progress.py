@@ -57,6 +57,10 @@ class Progress:
         """A line that stays."""
         self._print(text, final=True)
 
+    def cached(self, phase: str, text: str) -> None:
+        """A phase that has nothing to do."""
+        self._print(f"{phase:<9} cached: {text}", final=True)
+
     def done(self, text: str) -> None:
         """The phase ended; the line stays."""
         self._print(f"{self.phase:<9} {text} [{duration(time.monotonic() - self._started)}]", final=True)

@@ -1,4 +1,4 @@
-"""MLflow's side of a run. Only the driver writes, through an outbox, in batches.
+"""MLflow's side of a run. Only the driver writes, through an outbox, in batches, and never waits long for an answer.
 
 A workflow run is a parent run, each phase a child; a sweep's trials are flat runs with group tags and one summary.
 Metric names have one grammar: `data/<phase>/<what>`, `train/<what>`, `eval/<set>/<task>/<metric>`, `time/<phase>_s`.
@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.core.errors import ResourceError
-from diptych.engine.outbox import Outbox, new_id
+from diptych.core.errors import DiptychError, ResourceError
+from diptych.engine import reach
+from diptych.engine.mlflow_events import Receiver, make_client, refused
+from diptych.engine.outbox import Event, Journal, Outbox, new_id, now_ms
+from diptych.engine.system import Sampler
 
 MAX_POINTS = 500
-MAX_PARAM_CHARS = 6000
+MAX_BATCH = 1000
 RETRY_EVERY_S = 10.0
-SYSTEM_EVERY_S = 5.0
-CALM = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}  # fmt: skip
+FLUSH_S = 10.0
+CLOSE_S = 60.0
+SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -35,208 +38,237 @@ class Target:
 
     @classmethod
     def local(cls, root: Path, experiment: str, uri: str | None = None) -> Target:
-        """SQLite in the project folder, unless `uri` or MLFLOW_TRACKING_URI names a server."""
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if uri:
-            return cls(uri, experiment, None)
-        return cls(f"sqlite:///{root.resolve() / 'mlflow.db'}", experiment, (root.resolve() / "mlruns").as_uri())
+        """SQLite in the project folder, unless `uri` or MLFLOW_TRACKING_URI names a server or another database.
+
+        A relative SQLite path is made absolute here, since a job's current folder is not the user's.
+        """
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
+        if uri.startswith(("http://", "https://", "databricks")):
+            return cls(uri.rstrip("/"), experiment)
+        home = root.resolve()
+        if uri.startswith(SQLITE):
+            path = Path(uri.removeprefix(SQLITE)).resolve()
+            uri, home = f"{SQLITE}{path}", path.parent
+        return cls(uri, experiment, (home / "mlruns").as_uri())
+
+    @property
+    def shown(self) -> str:
+        """The URI without its password."""
+        return reach.without_password(self.uri)
 
 
 class Tracker:
-    """Records runs. Every call returns at once with the event on disk; `flush` sends what waits."""
+    """Records runs. Every call returns at once with the event on disk; `flush` sends what waits, in a thread of its own."""
 
     def __init__(self, target: Target, outbox: Outbox) -> None:
         self.target = target
         self.outbox = outbox
-        self._next_try = 0.0
-        self._client: Any = None
+        self.trouble = ""
+        self._journal: Journal | None = None
+        self._runs: dict[str, str] = {}
+        self._receivers: dict[Target, Receiver] = {}
         self._lock = threading.Lock()
-        self._system: _SystemSampler | None = None
+        self._delivery: threading.Thread | None = None
+        self._next_try = 0.0
+        self._system: Sampler | None = None
 
     def check(self) -> None:
         """Asks the server for an answer; raises ResourceError when it gives none, before anything was started."""
         try:
-            self._connect()
+            self._receiver(self.target).connect()
+        except DiptychError:
+            raise
         except Exception as error:
-            raise ResourceError.at("MLflow does not answer", self.target.uri, _sentence(error), "a tracking server or a SQLite file",
+            raise ResourceError.at("MLflow does not answer", self.target.shown, sentence(error), "a tracking server or a SQLite file",
                                    "start the server, or unset MLFLOW_TRACKING_URI to use a file here") from error  # fmt: skip
 
     def start(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """Begins a run and gives our id for it."""
         run = new_id()
-        self.outbox.add("start", run=run, name=name, parent=parent, tags=dict(tags or {}))
+        self._add("start", run=run, name=name, parent=parent, tags=dict(tags or {}))
         return run
 
     def params(self, run: str, values: Mapping[str, Any]) -> None:
         """Records parameters; nested mappings and lists become dotted names."""
-        self.outbox.add("params", run=run, values={key: str(value)[:MAX_PARAM_CHARS] for key, value in flatten(values).items()})
+        self._add("params", run=run, values={key: str(value) for key, value in flatten(values).items()})
 
     def metrics(self, run: str, values: Mapping[str, float], step: int = 0) -> None:
         """Records one value a name."""
-        self.outbox.add("metrics", run=run, points=[[key, float(value), time.time_ns() // 1_000_000, step] for key, value in values.items()])
+        self._points(run, [(key, float(value), now_ms(), step) for key, value in values.items()])
 
     def series(self, run: str, records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> None:
-        """Records curves from step records (`step`, `time_ms` and values), thinned to at most 500 points a curve."""
+        """Records curves from step records (`step`, `time_ms` and values), thinned to at most 500 points a curve and the last."""
         stride = max(1, -(-len(records) // MAX_POINTS))
         thin = [record for i, record in enumerate(records) if i % stride == 0 or i == len(records) - 1]
-        points = [[name, float(r[key]), int(r.get("time_ms", time.time_ns() // 1_000_000)), int(r["step"])] for r in thin for key, name in names.items() if key in r]
-        for start in range(0, len(points), 1000):
-            self.outbox.add("metrics", run=run, points=points[start : start + 1000])
+        self._points(
+            run,
+            [
+                (name, float(r[key]), int(r.get("time_ms", now_ms())), int(r["step"]))
+                for r in thin
+                for key, name in names.items()
+                if key in r
+            ],
+        )
 
-    def dataset(self, run: str, name: str, digest: str, source: str, context: str) -> None:
-        """Records a data set as an input of the run."""
-        self.outbox.add("dataset", run=run, name=name, digest=digest.removeprefix("sha256:")[:36], source=source, context=context)
+    def dataset(self, run: str, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None) -> None:
+        """Records a data set as an input of the run; `profile` may hold `num_rows` and other small facts."""
+        self._add(
+            "dataset",
+            run=run,
+            name=name,
+            digest=digest.removeprefix("sha256:")[:36],
+            source=source,
+            context=context,
+            profile=dict(profile or {}),
+        )
 
     def artifact(self, run: str, path: Path, folder: str | None = None) -> None:
         """Records a file or a folder. It must stay where it is until it is sent."""
-        self.outbox.add("artifact", run=run, path=str(path.resolve()), folder=folder)
+        self._add("artifact", run=run, path=str(path.resolve()), folder=folder)
 
     def model(self, run: str, path: Path, name: str) -> None:
-        """Puts a model directory into the run and the registry, with a signature."""
-        self.outbox.add("model", run=run, path=str(path.resolve()), name=name)
+        """Puts a model directory into the run and the registry, with a signature. It must stay where it is until it is sent."""
+        self._add("model", run=run, path=str(path.resolve()), name=name)
 
     def tags(self, run: str, values: Mapping[str, str]) -> None:
         """Sets tags."""
-        self.outbox.add("tags", run=run, values=dict(values))
+        self._add("tags", run=run, values=dict(values))
+
+    def note(self, run: str, markdown: str) -> None:
+        """Sets the description at the top of the run's page."""
+        self.tags(run, {"mlflow.note.content": markdown})
 
     def end(self, run: str, status: str = "FINISHED") -> None:
         """Ends a run: FINISHED, FAILED or KILLED."""
-        self.outbox.add("end", run=run, status=status)
+        self._add("end", run=run, status=status)
 
     def watch_system(self, run: str) -> None:
-        """Samples this machine's processor and memory into `system/…` until `close`."""
-        self._system = _SystemSampler(lambda values, step: self.metrics(run, values, step))
+        """Samples this machine into `system/…` until `close`, and sends whatever waits as it goes, so that a long phase is seen alive."""
+
+        def report(values: Mapping[str, float], step: int) -> None:
+            self.metrics(run, values, step)
+            self.flush(patience_s=0)
+
+        self._system = Sampler(report)
         self._system.start()
 
-    def flush(self, *, force: bool = False) -> int:
-        """Sends what waits; gives the number of events still waiting. A server that is down is tried again later."""
-        with self._lock:
-            if not force and time.monotonic() < self._next_try:
-                return self.outbox.behind
-            try:
-                self._send()
-                self._next_try = 0.0
-            except Exception:
-                self._next_try = time.monotonic() + RETRY_EVERY_S
-            return self.outbox.behind
+    def flush(self, *, force: bool = False, patience_s: float = FLUSH_S) -> int:
+        """Sends what waits; gives the number of events still waiting after at most `patience_s`.
+
+        A server that is down is tried again later: at once with `force`, else not before ten seconds have passed.
+        `force` also sends what drivers before this one have left in the outbox.
+        """
+        deadline = time.monotonic() + patience_s
+        if force and self._delivery:
+            self._delivery.join(patience_s)
+        again = True
+        while again:
+            self._deliver(force).join(max(0.0, deadline - time.monotonic()))
+            force, left = False, self._journal.behind if self._journal else 0
+            again = bool(left) and time.monotonic() < deadline and time.monotonic() >= self._next_try
+        return left
 
     def close(self) -> int:
         """Stops sampling, makes a last attempt to send, and gives the number of events kept for later."""
         if self._system:
             self._system.stop()
             self._system = None
-        return self.flush(force=True)
+        left = self.flush(force=True, patience_s=CLOSE_S)
+        with self._lock:
+            if self._journal and not (self._delivery and self._delivery.is_alive()):
+                self._journal.close()
+                self._journal = None
+        return left
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of a run of ours, once it is sent."""
-        found: str | None = self.outbox.state()["runs"].get(run)
-        return found
+        return self._runs.get(run)
 
-    def _connect(self) -> Any:
-        if self._client is None:
-            for name, value in CALM.items():
-                os.environ.setdefault(name, value)
-            import logging
+    def _add(self, kind: str, **values: Any) -> None:
+        with self._lock:
+            if self._journal is None:
+                self._journal = self.outbox.open(asdict(self.target))
+                self._journal.runs = self._runs
+            self._journal.add(kind, **values)
 
-            import mlflow
+    def _points(self, run: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+        for start in range(0, len(points), MAX_BATCH):
+            self._add("metrics", run=run, points=points[start : start + MAX_BATCH])
 
-            for logger in ("mlflow", "alembic", "sqlalchemy"):
-                logging.getLogger(logger).setLevel(logging.ERROR)
-            mlflow.set_tracking_uri(self.target.uri)
-            client = mlflow.MlflowClient(self.target.uri, self.target.uri)
-            found = client.get_experiment_by_name(self.target.experiment)
-            self._experiment = found.experiment_id if found else client.create_experiment(self.target.experiment, self.target.artifacts)
-            self._client = client
-        return self._client
+    def _receiver(self, target: Target) -> Receiver:
+        return self._receivers.setdefault(target, Receiver(target.uri, target.experiment, target.artifacts))
 
-    def _send(self) -> None:
-        from diptych.engine import mlflow_events
+    def _deliver(self, force: bool) -> threading.Thread:
+        """The delivery in progress, or a new one."""
+        with self._lock:
+            if self._delivery is None or not self._delivery.is_alive():
+                self._delivery = threading.Thread(target=self._send_all, args=(force,), daemon=True, name="diptych-delivery")
+                self._delivery.start()
+            return self._delivery
 
-        client = self._connect()
-        state = self.outbox.state()
-        for position, event in self.outbox.waiting():
-            mlflow_events.send(client, self._experiment, state["runs"], event)
-            state["sent"] = position + 1
-            self.outbox.mark(state)
+    def _send_all(self, force: bool) -> None:
+        if force:
+            for journal in self.outbox.adopt():
+                self._send(journal)
+                journal.close()
+        if self._journal and (force or time.monotonic() >= self._next_try):
+            self.trouble = self._send(self._journal)
+            self._next_try = time.monotonic() + RETRY_EVERY_S if self.trouble else 0.0
+
+    def _send(self, journal: Journal) -> str:
+        """Sends a journal to its own target; gives what stopped it, or the empty string."""
+        try:
+            receiver = self._receiver(Target(**journal.target))
+            receiver.connect()
+            for offset, event in journal.waiting():
+                _send_one(receiver, journal, event)
+                journal.mark(offset)
+        except Exception as error:
+            return sentence(error)
+        return ""
 
 
-class _SystemSampler(threading.Thread):
-    """Reports processor and memory use under the names of MLflow's system-metrics page."""
-
-    def __init__(self, report: Callable[[Mapping[str, float], int], None]) -> None:
-        super().__init__(daemon=True)
-        self._report = report
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        import psutil
-
-        psutil.cpu_percent()
-        step = 0
-        while not self._stopped.wait(SYSTEM_EVERY_S):
-            memory = psutil.virtual_memory()
-            values = {
-                "system/cpu_utilization_percentage": psutil.cpu_percent(),
-                "system/system_memory_usage_percentage": memory.percent,
-                "system/system_memory_usage_megabytes": memory.used / 1e6,
-            }
-            with suppress(OSError):
-                self._report(values, step)
-            step += 1
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._stopped.set()
-        self.join(timeout=SYSTEM_EVERY_S)
+def _send_one(receiver: Receiver, journal: Journal, event: Event) -> None:
+    try:
+        receiver.send(journal.runs, event)
+    except Exception as error:
+        if not refused(error):
+            raise
+        journal.refuse(event, sentence(error))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": [1]}}` as `{"a.b.0": 1}`; a method in a list is named by itself: `prune.semantic-dedup.epsilon`."""
+    """`{"a": {"b": [1]}}` as `{"a.b": [1]}`; a method in a list is named by itself: `prune.semantic-dedup.epsilon`, a second by `-2`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
         elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
-            flat |= flatten({str(entry.get("method", i)) if isinstance(entry, Mapping) else str(i): entry for i, entry in enumerate(value)}, f"{name}.")
+            flat |= flatten(_named(value), f"{name}.")
         else:
             flat[name] = value
     return flat
 
 
-def _sentence(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0][:300]
+def _named(entries: Sequence[Any]) -> dict[str, Any]:
+    """The entries of a list under names of their own."""
+    named: dict[str, Any] = {}
+    for position, entry in enumerate(entries):
+        name = str(entry.get("method", position)) if isinstance(entry, Mapping) else str(position)
+        twins = sum(known == name or (known.startswith(f"{name}-") and known.removeprefix(f"{name}-").isdigit()) for known in named)
+        named[f"{name}-{twins + 1}" if twins else name] = entry
+    return named
 
 
-def serve(target: Target, host: str, port: int) -> int:
-    """Runs MLflow's page on `target` until Ctrl-C. Raises ResourceError when the port is taken."""
-    import socket
-    import subprocess
-    import sys
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError.at("The port is taken", f"{host}:{port}", str(error), "a free port", f"diptych ui --port {port + 1}") from None
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", target.uri, "--host", host, "--port", str(port), "--workers", "1"]
-    if target.artifacts:
-        command += ["--default-artifact-root", target.artifacts]
-    process = subprocess.Popen(command)  # noqa: S603 - a fixed program, arguments as a list
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait(timeout=10)
-        return 0
+def sentence(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:300]
 
 
 def newest_first(target: Target, query: str) -> list[dict[str, str]]:
     """The tags of all runs of the target's experiment that match, the newest first."""
-    import mlflow
-
-    client = mlflow.MlflowClient(target.uri, target.uri)
+    client = make_client(target.uri)
     experiment = client.get_experiment_by_name(target.experiment)
     if experiment is None:
         return []

@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from diptych.models.tokenizer import Tokenizer
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,8 +64,8 @@ def encode_texts(
 ) -> Features:
     """L2-normalised text features, float32 `[N, D]`, in the order given.
 
-    Equal texts are encoded once. Batches hold texts of like length and are cut to the longest of them: under the causal mask the padding
-    behind the end token cannot reach it, so the features are those of the full context (up to rounding).
+    Equal texts are encoded once. With CLIP's tokenizer, batches hold texts of like length and are cut to the longest of them; the model
+    takes short contexts and gives the features of the full one (up to rounding).
 
     Args:
         model: the dual encoder with its `tokenizer`.
@@ -83,7 +85,7 @@ def _encode_block(model: DualEncoder, texts: list[str], batch_size: int, device:
     import torch
 
     text_NL = model.tokenizer.encode_cut(texts)
-    length_N = text_NL.argmax(axis=1) + 1  # the end token has the largest id
+    length_N = _lengths(text_NL) if isinstance(model.tokenizer, Tokenizer) else np.full(len(texts), text_NL.shape[1])
     by_length = np.argsort(length_N, kind="stable")
     features = []
     for at in range(0, len(texts), batch_size):
@@ -91,6 +93,11 @@ def _encode_block(model: DualEncoder, texts: list[str], batch_size: int, device:
         batch_NL = torch.from_numpy(np.ascontiguousarray(text_NL[rows, : length_N[rows[-1]]]))
         features.append(model.encode_text(batch_NL.to(device), normalize=True).float().cpu().numpy())
     return np.concatenate(features)[np.argsort(by_length, kind="stable")]
+
+
+def _lengths(text_NL: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens up to the end token, which has the largest id of CLIP's vocabulary; padding has the id of "!"."""
+    return np.asarray(text_NL.argmax(axis=1) + 1)
 
 
 class ModelEncoder:
@@ -101,7 +108,7 @@ class ModelEncoder:
         load_pixels: reads the pictures of some pairs: frame of n rows -> uint8 `[n, C, H, W]`.
         batch_size: pictures a forward pass; by default what suits the device.
         device: where the model is; its own by default.
-        settings: how pixels were prepared, for the rows' `settings`; the image size if none are given.
+        settings: how pixels were prepared, for the rows' `settings`; by default the model's `preprocess_cfg`.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class ModelEncoder:
         self.load_pixels = load_pixels
         self.batch_size = batch_size
         self.device = device
-        self.settings = dict(settings) if settings is not None else {"image_size": model.image_size}
+        self.settings = dict(model.preprocess_cfg if settings is None else settings)
 
     @property
     def logit_scale(self) -> float:

@@ -51,4 +51,5 @@ class Rows:
 def preprocessing(encoder: Encoder) -> dict[str, Any]:
     """`{"preprocessing": …}` where the encoder says how it prepares pixels (an attribute `settings`), else nothing."""
     said = getattr(encoder, "settings", None)
-    return {} if said is None else {"preprocessing": dict(said)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in dict(said or {}).items()}
+    return {} if said is None else {"preprocessing": plain}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -33,7 +34,7 @@ SOT, EOT, VOCABULARY_SIZE = 49406, 49407, 49408
 SPECIAL = ("<start_of_text>", "<end_of_text>")
 MERGES = 49152 - 256 - 2
 PATTERN = regex.compile("|".join(SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-REPLACED = regex.compile(f"[{regex.escape(''.join(map(chr, {**CONTROL_CHARS, **LIGATURES, **WIDTH_MAP})))}]")
+REPLACED = re.compile(f"[{re.escape(''.join(map(chr, {**CONTROL_CHARS, **LIGATURES, **WIDTH_MAP})))}]")
 
 CACHED_CHUNKS = 1 << 17
 CACHED_CHUNK_CHARS = 64

@@ -11,8 +11,9 @@ import polars as pl
 from diptych.core import digest
 from diptych.core.errors import DataError, Problem
 from diptych.pairs.manifest import FileEntry, Manifest, ShardEntry
+from diptych.pairs.ranges import is_remote
 from diptych.pairs.schema import PAIRS, REJECTS
-from diptych.pairs.shards import ShardReader, is_remote
+from diptych.pairs.shards import ShardReader
 
 
 class PairDataset:

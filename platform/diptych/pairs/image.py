@@ -20,6 +20,7 @@ TRAINABLE = frozenset({"JPEG", "PNG", "WEBP", "GIF"})
 """Formats that may lie in shards; others are packed as PNG."""
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", b"II*\0": "tif", b"MM\0*": "tif"}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
 
 
@@ -111,15 +112,16 @@ def _opened(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise Fault("too many pixels (decompression bomb)") from None
     except UnidentifiedImageError:
-        raise Fault("truncated image" if _begins_like_an_image(data) else "not an image") from None
+        raise Fault("truncated image" if extension_of(data) != "bin" else "not an image") from None
     except _BROKEN as error:
         raise Fault("truncated image" if _is_cut(data, error) else "corrupt image") from error
 
 
-def _begins_like_an_image(data: bytes) -> bool:
-    return data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")) or (
-        data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    )
+def extension_of(data: bytes) -> str:
+    """The file ending of an encoded picture, told by its first bytes; `bin` for what is none of ours."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((ending for magic, ending in _MAGIC.items() if data.startswith(magic)), "bin")
 
 
 def _is_cut(data: bytes, error: Exception) -> bool:

@@ -18,54 +18,20 @@ import polars as pl
 from diptych.core.errors import DataError
 from diptych.pairs.files import guard_space
 from diptych.pairs.manifest import ShardEntry
+from diptych.pairs.ranges import LocalFile, RemoteFile, open_range
 from diptych.pairs.tar import BLOCK_BYTES, Member, index_tar
 
-__all__ = ["Member", "ShardReader", "ShardWriter", "index_tar", "is_remote", "member_name"]
+__all__ = ["Member", "ShardReader", "ShardWriter", "index_tar", "member_name"]
 
 MEBIBYTE = 1 << 20
 RECORD_BYTES = 20 * BLOCK_BYTES
 MAX_OPEN = 64
 
 
-def is_remote(uri: str) -> bool:
-    """True for `scheme://…`; everything else is a local path."""
-    return "://" in uri
-
-
 def member_name(key: str, extension: str) -> str:
     """The tar member of a key: percent-encoded, so that no key makes a folder, climbs out of one, or ends at a dot."""
     stem = urllib.parse.quote(key, safe="", errors="surrogatepass").replace(".", "%2E")
     return f"{stem}.{extension}"
-
-
-class _LocalFile:
-    """An open file that closes with its last reference: a thread may still read what the cache has let go."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.descriptor, size, offset)
-        while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class _RemoteFile:
-    """A range reader on whatever fsspec knows: `s3://`, `memory://`, `file://`, …"""
-
-    def __init__(self, uri: str) -> None:
-        import fsspec
-
-        self.system, self.path = fsspec.core.url_to_fs(uri)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return bytes(self.system.cat_file(self.path, start=offset, end=offset + size))
 
 
 class ShardReader:
@@ -77,7 +43,7 @@ class ShardReader:
 
     def __init__(self, uris: Mapping[str, str]) -> None:
         self.uris = dict(uris)
-        self._open: OrderedDict[str, _LocalFile | _RemoteFile] = OrderedDict()
+        self._open: OrderedDict[str, LocalFile | RemoteFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +83,7 @@ class ShardReader:
         with self._lock:
             self._open.clear()
 
-    def _file(self, shard: str) -> _LocalFile | _RemoteFile:
+    def _file(self, shard: str) -> LocalFile | RemoteFile:
         with self._lock:
             file = self._open.pop(shard, None)
             self._open[shard] = file = file or self._opened(shard)
@@ -125,14 +91,14 @@ class ShardReader:
                 self._open.popitem(last=False)
             return file
 
-    def _opened(self, shard: str) -> _LocalFile | _RemoteFile:
+    def _opened(self, shard: str) -> LocalFile | RemoteFile:
         uri = self.uris.get(shard)
         if uri is None:
             raise DataError.at(
                 "A pair points into a shard that the dataset does not have", "image.shard", shard, f"one of {len(self.uris)} shards"
             )
         try:
-            return _RemoteFile(uri) if is_remote(uri) else _LocalFile(uri)
+            return open_range(uri)
         except OSError as error:
             raise DataError.at("A shard is missing or cannot be opened", uri, error, "the tar that the manifest names") from error
 
@@ -173,15 +139,23 @@ class ShardWriter:
 
     def add(self, key: str, extension: str, data: bytes) -> dict[str, Any]:
         """Appends one picture; gives its `shard`, `offset`, `size`. Raises ResourceError when the disk is full."""
-        info = tarfile.TarInfo(member_name(key, extension))
-        info.size, info.mode = len(data), 0o644
-        header = info.tobuf(tarfile.PAX_FORMAT)
-        padding = -len(data) % BLOCK_BYTES
-        if self._offset and self._offset + len(header) + len(data) + padding > self.limit:
+        return self.add_sample(key, {extension: data})[0]
+
+    def add_sample(self, key: str, files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+        """Appends the files of one sample (ending to content), all into one tar; gives the place of each."""
+        blocks, places, offset = [], [], 0
+        for extension, data in files.items():
+            info = tarfile.TarInfo(member_name(key, extension))
+            info.size, info.mode = len(data), 0o644
+            header = info.tobuf(tarfile.PAX_FORMAT)
+            places.append((offset + len(header), len(data)))
+            blocks += [header, data, bytes(-len(data) % BLOCK_BYTES)]
+            offset += sum(map(len, blocks[-3:]))
+        if self._offset and self._offset + offset > self.limit:
             self._close()
-        place = {"shard": self._name, "offset": self._offset + len(header), "size": len(data)}
-        self._write(header + data + bytes(padding))
-        return place
+        start = self._offset
+        self._write(b"".join(blocks))
+        return [{"shard": self._name, "offset": start + place, "size": size} for place, size in places]
 
     def done(self) -> dict[str, ShardEntry]:
         """Closes the last tar; gives all shards by name, with absolute paths."""

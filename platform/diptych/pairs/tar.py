@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from diptych.pairs.ranges import RangeFile, ReadAhead, is_remote, open_range
 
 BLOCK_BYTES = 512
 MAX_EXTENSION_BYTES = 1 << 20
@@ -31,31 +32,30 @@ class _Header:
     kind: bytes
 
 
-def index_tar(path: Path) -> Iterator[Member]:
-    """The regular files of a local tar (ustar, pax, GNU long names), in order; folders are passed over.
+def index_tar(source: Path | str | RangeFile) -> Iterator[Member]:
+    """The regular files of a tar (ustar, pax, GNU long names), in order; folders are passed over. `source` is a path, a URI or an open file.
 
     Links, devices, sparse files, absolute names and names with `..` come with a `fault`. A tar that is cut off or corrupt gives one last
     member with a fault, at the place from which nothing can be read any more. Raises OSError if the file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield from _walk(descriptor, os.fstat(descriptor).st_size, str(path))
-    finally:
-        os.close(descriptor)
+    if not isinstance(source, Path | str):
+        return _walk(source)
+    file = open_range(str(source))
+    return _walk(ReadAhead(file) if is_remote(str(source)) else file)
 
 
-def _walk(descriptor: int, end: int, path: str) -> Iterator[Member]:
-    position, name, size = 0, None, None
+def _walk(file: RangeFile) -> Iterator[Member]:
+    position, end, name, size = 0, file.size, None, None
     while True:
-        block = os.pread(descriptor, BLOCK_BYTES, position)
+        block = file.read(position, BLOCK_BYTES)
         if block == _ZERO:
             return
         if len(block) < BLOCK_BYTES:  # a tar without its closing blocks was cut between two members, or after all of them
-            yield Member(name=path, offset=position, size=0, fault="truncated tar")
+            yield Member("", position, 0, "truncated tar")
             return
         header = _parse(block)
         if header is None:
-            yield Member(name=path, offset=position, size=0, fault="corrupt tar header")
+            yield Member("", position, 0, "corrupt tar header")
             return
         data = position + BLOCK_BYTES
         length = header.size if header.kind in (b"x", b"g", _LONG_NAME, _LONG_LINK) or size is None else size
@@ -65,12 +65,12 @@ def _walk(descriptor: int, end: int, path: str) -> Iterator[Member]:
             return
         if header.kind in (b"x", _LONG_NAME, _LONG_LINK, b"g"):
             if length > MAX_EXTENSION_BYTES:
-                yield Member(path, data, 0, "corrupt tar header")
+                yield Member("", data, 0, "corrupt tar header")
                 return
             if header.kind == b"x":
-                name, size = _pax(os.pread(descriptor, length, data), name, size)
+                name, size = _pax(file.read(data, length), name, size)
             elif header.kind == _LONG_NAME:
-                name = os.pread(descriptor, length, data).rstrip(b"\0")
+                name = file.read(data, length).rstrip(b"\0")
             continue
         if header.kind != b"5":
             yield _member(name or header.name, data, length, header.kind)

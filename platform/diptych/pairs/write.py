@@ -18,8 +18,8 @@ from diptych.pairs import files
 from diptych.pairs.dataset import PairDataset, absolute_uri
 from diptych.pairs.keys import KeyIndex
 from diptych.pairs.manifest import NAME, FileEntry, Ledger, Left, Manifest, PhaseRecord, ShardEntry
+from diptych.pairs.ranges import is_remote
 from diptych.pairs.schema import CAPTION_SOURCES, MAX_KEY_BYTES, PAIRS, REJECTS
-from diptych.pairs.shards import is_remote
 
 ROW_GROUP_ROWS = 65_536
 SHARDS = "shards"
@@ -209,7 +209,7 @@ def _common(schemas: Sequence[Schema]) -> Schema:
                 )
     if not merged:
         return {name: kind() if isinstance(kind, type) else kind for name, kind in PAIRS.items()}
-    return {name: merged[name] for name in [*PAIRS, *sorted(set(merged) - set(PAIRS))]}
+    return {name: merged[name] if merged[name] != pl.Null else pl.String() for name in [*PAIRS, *sorted(set(merged) - set(PAIRS))]}
 
 
 def _check_rows(frame: pl.DataFrame) -> None:

@@ -32,7 +32,7 @@ class Contrastive:
         model: has `encode_image`, `encode_text` and the parameter `logit_scale`, a logarithm.
         objective: maps `Encoded` to `{"loss": …}`.
         accumulate: micro-batches; must divide the batch of a rank.
-        precision: `"bf16"` encodes under autocast. Features and loss are float32 either way.
+        precision: `"bf16"` encodes under autocast. Features and loss have float32 at least, either way.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, accumulate: int = 1, precision: str = "fp32") -> None:
@@ -57,9 +57,13 @@ class Contrastive:
         model: Any = self.model
         with torch.autocast(image_NCHW.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             image_ND, text_ND = model.encode_image(image_NCHW), model.encode_text(text_NL)
-        return image_ND.float(), text_ND.float()
+        return _at_least_float32(image_ND), _at_least_float32(text_ND)
 
     def _encode_in_parts(self, image_NCHW: Tensor, text_NL: Tensor) -> tuple[Tensor, Tensor]:
         parts = zip(image_NCHW.chunk(self.accumulate), text_NL.chunk(self.accumulate), strict=True)
         features = [checkpoint(self._encode, image, text, use_reentrant=False) for image, text in parts]
         return torch.cat([image_ND for image_ND, _ in features]), torch.cat([text_ND for _, text_ND in features])
+
+
+def _at_least_float32(feature_ND: Tensor) -> Tensor:
+    return feature_ND.to(torch.promote_types(feature_ND.dtype, torch.float32))

@@ -100,13 +100,14 @@ def train(
     from diptych.models import clip
     from diptych.pairs.dataset import PairDataset
 
-    with _arithmetic(config.threads):
+    with fixed_arithmetic(config.threads):
+        _check_division(config, world)
         scratch.mkdir(parents=True, exist_ok=True)
         dataset = PairDataset.open(dataset_root)
+        rows = _rows(dataset, split, config.avoid)
         model = clip.create(model_name if init == "random" else init, seed).to(device).train()
         torch.manual_seed(seed)
         state = _first_state(model, build_objective().to(device), build_optimizer, config.ema, world)
-        rows = _rows(dataset, split, config.avoid)
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
         total_steps = config.total_steps(loader.steps_per_epoch)
         identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, **_recipe(config, state)}
@@ -150,7 +151,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dic
 
 
 @contextmanager
-def _arithmetic(threads: int) -> Iterator[None]:
+def fixed_arithmetic(threads: int) -> Iterator[None]:
     """Sums in a fixed order while training: a fixed number of threads, deterministic kernels. Restores what was set before."""
     deterministic: Any = torch.utils.deterministic
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -180,6 +181,12 @@ def _first_state(
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
     return TrainState(model, objective, optimizer, None if ema_decay is None else Ema(model, ema_decay))
+
+
+def _check_division(config: TrainConfig, world: int) -> None:
+    parts = world * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError.at("The batch does not divide", "batch_size", config.batch_size, f"a multiple of {parts}: workers x accumulate")
 
 
 def _rows(dataset: PairDataset, split: str | None, avoid: str | None) -> pl.DataFrame:

@@ -11,6 +11,7 @@ from diptych.workflow.project import Project
 from diptych.workflow.results import Result, find
 
 ALPHA = 0.05
+LOWER_IS_BETTER = ("loss", "_rank", "_ece", "error")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Comparison:
         """`better`, `worse` or `no difference shown` for one figure, after Holm's correction."""
         if row.p_holm >= ALPHA:
             return "no difference shown"
-        return "better" if row.test.difference > 0 else "worse"
+        lower_is_better = row.key.endswith(LOWER_IS_BETTER)
+        return "better" if (row.test.difference > 0) != lower_is_better else "worse"
 
 
 def compare(project: Project, a: str, b: str, seed: int = 0) -> Comparison:

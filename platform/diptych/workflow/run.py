@@ -99,12 +99,12 @@ def run(workflow: Workflow, options: Options) -> Outcome:
 def _one(
     phase: str, state: StageState, store: Store, session: Session, progress: Progress, recorder: Recorder | None, outcome: Outcome
 ) -> None:
-    progress.start(phase)
     if not state.changed:
         outcome.figures[phase] = store.figures(phase)
-        progress.done(f"cached    {summary(phase, outcome.figures[phase])}")
+        progress.cached(phase, summary(phase, outcome.figures[phase]))
         return
     assert recorder is not None
+    progress.start(phase)
     figures = run_phase(phase, store, session, progress, recorder)
     outcome.figures[phase] = figures
     outcome.ran.append(phase)

@@ -1,0 +1,115 @@
+"""The shipped emoji: four makers' drawings of 1,911 things, with names and tags in ten languages.
+
+Trained on some makers' drawings and measured on another's, a model must have learned what a thing looks like and not how it was drawn.
+Pictures and texts have several licences, which the data cards beside them name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from importlib.resources import as_file, files
+from typing import Any, Literal, Self, get_args
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from diptych.core.config import Config as BaseConfig
+from diptych.core.points import RawPair, Source
+
+Vendor = Literal["noto", "openmoji", "fluent3d", "twemoji"]
+Language = Literal["en", "zh", "de", "fr", "es", "ja", "ru", "hi", "pt", "ko"]
+Texts = Literal["name", "tags"]
+
+VENDORS: tuple[Vendor, ...] = get_args(Vendor)
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+LICENCES: dict[Vendor, str] = {"noto": "Apache-2.0", "openmoji": "CC-BY-SA-4.0", "fluent3d": "MIT", "twemoji": "CC-BY-4.0"}
+
+
+class Config(BaseConfig):
+    """Which makers' drawings to train on and to test on, and which texts to put to them."""
+
+    method: Literal["emoji"] = "emoji"
+    train: tuple[Vendor, ...] = Field(default=("noto", "openmoji", "fluent3d"), description="makers whose drawings are the split `train`")
+    test: tuple[Vendor, ...] = Field(default=("twemoji",), description="makers whose drawings are the split `test`")
+    captions: tuple[Texts, ...] = Field(
+        default=("name", "tags"),
+        min_length=1,
+        description="`name`: the thing's name (source `human`); `tags`: a caption of all its tags (source `tag`)",
+    )
+    languages: tuple[Language, ...] = Field(default=("en",), min_length=1, description="languages of the captions, in this order")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if not (self.train or self.test):
+            raise ValueError("train or test must name a maker")
+        for name, values in (("train and test", self.train + self.test), ("captions", self.captions), ("languages", self.languages)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: each at most once")
+        return self
+
+    def build(self) -> Emoji:
+        """The source."""
+        return Emoji(self)
+
+
+class Emoji(Source):
+    """Pairs with the extra columns `label` (place of the hexcode among all 1,911), `label_name`, `meta.hexcode`, `meta.vendor`, ….
+
+    A `label` means the same thing whichever makers and languages are chosen.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def parts(self) -> Sequence[str]:
+        """The makers."""
+        return sorted((*self.config.train, *self.config.test))
+
+    def read(self, part: str) -> Iterator[RawPair]:
+        """A maker's drawings by hexcode."""
+        split = "train" if part in self.config.train else "test"
+        drawings = dict(read_asset(vendor_path(part)).iter_rows())
+        for label, row in enumerate(names().iter_rows(named=True)):
+            image = drawings.get(row["hexcode"])
+            if image is not None:
+                yield RawPair(f"{part}-{row['hexcode']}", image, self._captions(row), _extra(part, label, row), split)
+
+    def _captions(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for language in self.config.languages:
+            suffix = "" if language == "en" else f"_{language}"
+            if "name" in self.config.captions:
+                found.append((row[f"name{suffix}"], "human"))
+            if "tags" in self.config.captions and (tags := row.get(f"tags{suffix}")):
+                found.append((", ".join(tags), "tag"))
+        return found
+
+
+def _extra(vendor: str, label: int, row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "label_name": row["name"],
+        "meta.vendor": vendor,
+        "meta.hexcode": row["hexcode"],
+        "meta.emoji": row["emoji"],
+        "meta.category": row["category"],
+        "meta.subcategory": row["subcategory"],
+    }
+
+
+def vendor_path(vendor: str) -> str:
+    """Where a maker's drawings lie below `assets`."""
+    return f"emoji-openmoji/{vendor}.parquet" if vendor == "openmoji" else f"emoji/{vendor}.parquet"
+
+
+@lru_cache(maxsize=1)
+def names() -> pl.DataFrame:
+    """Names and tags of all 1,911, sorted by `hexcode`; the row number is the label."""
+    return read_asset("emoji/names.parquet")
+
+
+def read_asset(name: str) -> pl.DataFrame:
+    """A shipped Parquet file."""
+    with as_file(files("diptych") / "assets" / name) as path:
+        return pl.read_parquet(path)

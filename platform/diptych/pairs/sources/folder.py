@@ -1,0 +1,128 @@
+"""A folder of pictures with a CSV, TSV or JSON Lines table that names them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from diptych.core.config import Config as BaseConfig
+from diptych.core.errors import DataError
+from diptych.core.points import RawPair, Source
+from diptych.pairs.sources.paths import captions_of, scalars
+
+PART_ROWS = 10_000
+MAX_FILE_BYTES = 1 << 28
+MAX_FIELD_CHARS = 1 << 24
+_FAULT = "\0fault"  # no table has a column of this name
+
+
+class Config(BaseConfig):
+    """Where the pictures lie and what the table's columns mean. Further columns are kept: documented names as they are, others as `meta.`."""
+
+    method: Literal["folder"] = "folder"
+    path: str = Field(description="the folder")
+    table: str = Field(default="captions.csv", description="the table, relative to the folder; ends in .csv, .tsv, .jsonl or .ndjson")
+    file: str = Field(default="file", description="column of picture files, relative to the folder")
+    captions: tuple[str, ...] = Field(default=("caption",), min_length=1, description="columns of captions")
+    key: str | None = Field(default=None, description="column of keys; null: the file's name")
+    caption_source: Literal["alt", "human", "tag"] = Field(default="alt", description="what the captions are")
+    split: str = Field(default="train", min_length=1, description="split of pairs whose table has no column `split`")
+
+    def build(self) -> Folder:
+        """The source."""
+        return Folder(self)
+
+
+class Folder(Source):
+    """Pairs of a folder, 10,000 table rows a part. A picture outside the folder is never opened."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = Path(config.path).absolute()
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        path = self.root / self.config.table
+        try:
+            rows = read_table(path)
+        except OSError as error:
+            raise DataError.at("The table cannot be read", path, error, "a readable file") from error
+        missing = [name for name in (self.config.file, *self.config.captions) if not any(name in row for row in rows)]
+        if rows and missing:
+            raise DataError.at(
+                "The table lacks columns", path, sorted(rows[0]), f"the columns {', '.join(missing)}", "set `file` and `captions`"
+            )
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "root": self.root}  # a worker reads the table itself
+
+    def parts(self) -> Sequence[str]:
+        """Numbers of the table's runs of rows. Raises DataError if the table is missing or lacks the columns."""
+        return [f"{index:05d}" for index in range(-(-len(self._rows) // PART_ROWS))]
+
+    def read(self, part: str) -> Iterator[RawPair]:
+        """The pairs of one run of rows."""
+        start = int(part) * PART_ROWS
+        for number, row in enumerate(self._rows[start : start + PART_ROWS], start):
+            yield self._pair(number, row)
+
+    def _pair(self, number: int, row: dict[str, Any]) -> RawPair:
+        name, own_key = row.get(self.config.file), row.get(self.config.key) if self.config.key else None
+        captions = [caption for column in self.config.captions for caption in captions_of(row.get(column), self.config.caption_source)]
+        key = str(own_key if own_key not in (None, "") else name or f"row-{number}")
+        image, fault = self._image(name) if isinstance(name, str) else (None, "no image")
+        fault = row.get(_FAULT, fault)
+        extra = scalars(row, (_FAULT, self.config.file, self.config.key or "", *self.config.captions, "split"))
+        return RawPair(key, image, captions, extra, str(row.get("split") or self.config.split), fault)
+
+    def _image(self, name: str) -> tuple[bytes | None, str | None]:
+        try:
+            path = (self.root / name).resolve()
+            if not path.is_relative_to(self.root.resolve()):
+                return None, "path leaves the folder"
+            with path.open("rb") as file:
+                return file.read(MAX_FILE_BYTES), None
+        except (FileNotFoundError, NotADirectoryError):
+            return None, "missing image file"
+        except (OSError, ValueError):
+            return None, "image file cannot be read"
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, TSV or JSON Lines file. A broken row holds its fault.
+
+    Bytes that are not UTF-8 come as lone surrogates. Raises OSError, and DataError for another ending.
+    """
+    if path.suffix in (".jsonl", ".ndjson"):
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [_json_row(line) for line in file if line.strip()]
+    if path.suffix not in (".csv", ".tsv"):
+        raise DataError.at("A table of unknown kind", path, path.suffix, ".csv, .tsv, .jsonl or .ndjson")
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return _csv_rows(file, path)
+
+
+def _csv_rows(file: Any, path: Path) -> list[dict[str, Any]]:
+    before = csv.field_size_limit(MAX_FIELD_CHARS)
+    try:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", restkey=_FAULT, strict=True)
+        return [{**row, _FAULT: "row has too many columns"} if _FAULT in row else row for row in reader]
+    except csv.Error as error:
+        raise DataError.at("The table is not valid CSV", f"{path}:{reader.line_num}", error, "one row a line, quotes closed") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {_FAULT: "row is not JSON"}
+    return row if isinstance(row, dict) and _FAULT not in row else {_FAULT: "row is not a JSON object"}

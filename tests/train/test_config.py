@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from diptych.core.errors import ConfigError
+from diptych.train.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ({}, "exactly one of epochs and steps"),
+        ({"epochs": 1, "steps": 5}, "exactly one of epochs and steps"),
+        ({"epochs": 0}, "greater than 0"),
+        ({"epochs": 1, "batch_size": 10, "accumulate": 4}, "does not divide"),
+        ({"epochs": 1, "precision": "fp16"}, "bf16"),
+        ({"epochs": 1, "ema": 1.0}, "less than 1"),
+        ({"epochs": 1, "augment": {"flp": True}}, "did you mean 'flip'"),
+        ({"epochs": 1, "schedule": {"kind": "cosin"}}, "did you mean 'cosine'"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, object], hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        TrainConfig.parse(wrong)
+
+
+def test_the_length_of_a_run() -> None:
+    assert TrainConfig.parse({"epochs": 2}).total_steps(7) == 14
+    assert TrainConfig.parse({"epochs": 0.5}).total_steps(7) == 4
+    assert TrainConfig.parse({"epochs": 0.01}).total_steps(7) == 1
+    assert TrainConfig.parse({"steps": 9}).total_steps(7) == 9
+
+
+def test_plain_data_comes_back() -> None:
+    config = TrainConfig.parse({"epochs": 2, "augment": {"crop_scale": [0.5, 1]}, "schedule": {"warmup": 10}})
+    assert TrainConfig.parse(config.plain()) == config
