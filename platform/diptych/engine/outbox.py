@@ -144,10 +144,10 @@ class Journal:
 
 def _parsed(line: bytes) -> Event:
     try:
-        event: Event = json.loads(line)
+        event = json.loads(line)
     except ValueError:
-        return {"kind": "damaged", "line": line.decode(errors="replace")}
-    return event
+        event = None
+    return event if isinstance(event, dict) and "kind" in event else {"kind": "damaged", "line": line.decode(errors="replace")}
 
 
 def _state(path: Path) -> dict[str, Any]:

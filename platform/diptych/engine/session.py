@@ -55,6 +55,11 @@ class Session:
         self.close()
 
     @property
+    def started(self) -> bool:
+        """Whether Ray runs already."""
+        return self._started
+
+    @property
     def parallelism(self) -> int:
         """How many tasks of one core can run at once."""
         if self.in_process:

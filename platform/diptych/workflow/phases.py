@@ -27,6 +27,9 @@ from diptych.workflow.spec import PAIR_PHASES, Workflow
 
 Figures = dict[str, Any]
 
+SCOUT = "scout"
+SCOUT_STEPS = 200
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -120,13 +123,42 @@ def _feature_specs(configs: Sequence[Config], bench: Bench, dataset: PairDataset
         name = getattr(config, "features", None)
         if name is None:
             continue
+        if name == SCOUT:
+            folder = _scout(bench, dataset)
+            specs[name] = FeatureSpec(
+                name=str(folder), weights=identity.of_output(folder), pictures=pictures, cache=str(bench.cache / "features")
+            )
+            continue
         weights = (
             identity.of_output(Path(name.removeprefix("local-dir:")))
             if "/" in name and Path(name.removeprefix("local-dir:")).is_dir()
             else ""
         )
-        specs[name] = FeatureSpec(name=name, weights=weights, seed=bench.workflow.seed, pictures=pictures, cache=str(bench.cache / "features"))
+        specs[name] = FeatureSpec(
+            name=name, weights=weights, seed=bench.workflow.seed, pictures=pictures, cache=str(bench.cache / "features")
+        )
     return specs
+
+
+def _scout(bench: Bench, dataset: PairDataset) -> Path:
+    """The run's own features: the workflow's model after a short training on the pairs at hand, kept by what it was made from."""
+    from diptych.train.config import TrainConfig
+
+    workflow, section = bench.workflow, bench.workflow.train
+    plain = {key: value for key, value in section.plain().items() if key in TrainConfig.model_fields}
+    config = TrainConfig.parse({**plain, "epochs": None, "steps": SCOUT_STEPS})
+    identity_ = digest.of_plain(
+        [dataset.digest, config.plain(), section.model, workflow.objective.plain(), workflow.optimizer.plain(), workflow.seed]
+    )
+    folder = (bench.cache / "scouts" / identity_.removeprefix("sha256:")).resolve()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        job = training.Job(
+            dataset.root, config, section.model, section.init, workflow.objective.plain(), workflow.optimizer.plain(), folder,
+            (bench.scratch / f"scout-{digest.short(identity_)}").resolve(), workflow.seed, section.workers,
+        )  # fmt: skip
+        training.run(job, bench.session, bench.progress)
+    return folder
 
 
 def _train(bench: Bench) -> Figures:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from diptych.workflow.project import Project
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow
 from diptych.workflow.store import Store, open_store
 
-PROBE_ROWS = 512
+PROBE_ROWS = (128, 512)
 PROBE_STEPS = 6
+RAY_START_S = 8.0
+RAY_TRAIN_START_S = 12.0
+"""Measured on two idle cores with compiled byte code; see docs/LAB.md."""
 TABLE_ROW_BYTES = 400
 """A pair's row in a table, compressed: key, picture address, a few captions."""
 
@@ -80,6 +83,14 @@ def predict(phase: str, store: Store) -> Cost:
     return Cost(rows=rows, seconds=0.5 if not store.workflow.compress else None)
 
 
+def with_startup(phase: str, seconds: float | None, session: Session) -> float | None:
+    """The prediction with the start of Ray's session and of Ray Train's workers added where the phase has to wait for them."""
+    if seconds is None or session.in_process:
+        return seconds
+    uses_ray = phase in ("ingest", *PAIR_PHASES, "train")
+    return seconds + (RAY_START_S if uses_ray and not session.started else 0.0) + (RAY_TRAIN_START_S if phase == "train" else 0.0)
+
+
 def _newest_pairs(store: Store, phase: str) -> Path | None:
     order = ("ingest", "curate", "prune", "caption")
     if phase == "ingest":
@@ -93,33 +104,32 @@ def _train_rows(dataset: PairDataset) -> int:
 
 
 def _predict_pass(phase: str, store: Store, dataset: PairDataset, rows: int) -> Cost:
-    """Runs the phase on a few hundred pairs in this process and scales the time by rows."""
+    """Runs the phase on two small samples in this process; the slope between them is the time a pair takes."""
     if not store.workflow.methods(phase):
         return Cost(rows=rows, seconds=0.1, memory_bytes=0, written_bytes=rows * TABLE_ROW_BYTES)
+    if any(getattr(config, "features", None) == phases.SCOUT for config in store.workflow.methods(phase)):
+        return Cost(rows=rows)  # a scout is trained first: no probe is cheap
     folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
     try:
-        small = _few(dataset, folder / "few", PROBE_ROWS)
-        with Session(in_process=True) as session:
-            bench = phases.Bench(
-                _unchained(store.workflow), lambda name: folder / "out" if name == phase else small.root, session, Progress(quiet=True),
-                folder / "scratch", folder / "cache",
-            )  # fmt: skip
-            started = time.perf_counter()
-            phases.run(phase, bench)
-            seconds = time.perf_counter() - started
+        few, more = (_timed_pass(phase, store, _few(dataset, folder / f"few-{count}", count), folder / str(count)) for count in PROBE_ROWS)
     except DiptychError:
         return Cost(rows=rows)  # a method that cannot work on so few pairs tells nothing about many
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Cost(rows=rows, seconds=seconds * max(1.0, rows / max(1, _train_rows_count(small))), written_bytes=rows * TABLE_ROW_BYTES)
+    slope = max(0.0, more[1] - few[1]) / max(1, more[0] - few[0])
+    return Cost(rows=rows, seconds=more[1] + slope * max(0, rows - more[0]), written_bytes=rows * TABLE_ROW_BYTES)
 
 
-def _train_rows_count(dataset: PairDataset) -> int:
-    return max(1, _train_rows(dataset))
-
-
-def _unchained(workflow: Workflow) -> Workflow:
-    return replace(workflow)
+def _timed_pass(phase: str, store: Store, sample: PairDataset, folder: Path) -> tuple[int, float]:
+    """Pairs and seconds of one probe."""
+    with Session(in_process=True) as session:
+        bench = phases.Bench(
+            store.workflow, lambda name: folder / "out" if name == phase else sample.root, session, Progress(quiet=True),
+            folder / "scratch", folder / "cache",
+        )  # fmt: skip
+        started = time.perf_counter()
+        phases.run(phase, bench)
+        return len(sample), time.perf_counter() - started
 
 
 def _few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:

@@ -21,7 +21,7 @@ from diptych.engine.pipeline import StageState
 from diptych.engine.progress import Progress, duration
 from diptych.engine.session import Session
 from diptych.engine.tracking import Target, Tracker
-from diptych.workflow import identity, phases
+from diptych.workflow import identity, phases, plan, report
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
 from diptych.workflow.store import PlainStore, Store, open_store
@@ -105,20 +105,24 @@ def _one(
         return
     assert recorder is not None
     progress.start(phase)
-    figures = run_phase(phase, store, session, progress, recorder)
+    predicted = plan.predict(phase, store).seconds
+    predicted = plan.with_startup(phase, predicted, session)
+    figures = run_phase(phase, store, session, progress, recorder, {"predicted_s": predicted})
     outcome.figures[phase] = figures
     outcome.ran.append(phase)
     outcome.reasons[phase] = state.reasons
     progress.done(f"{summary(phase, figures)}")
 
 
-def run_phase(phase: str, store: Store, session: Session, progress: Progress, recorder: Recorder | None) -> dict[str, Any]:
+def run_phase(
+    phase: str, store: Store, session: Session, progress: Progress, recorder: Recorder | None, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Runs one phase into its store and records it; what `dvc repro` and `diptych run` share."""
     project = store.project
     bench = phases.Bench(store.workflow, store.folder, session, progress, project.scratch / store.name, project.cache)
     child = recorder.phase(phase) if recorder else None
     with heartbeat(store.home / ".records" / "heartbeat.json", phase):
-        figures = phases.run(phase, bench)
+        figures = {**phases.run(phase, bench), **(extra or {})}
     store.save(phase, figures)
     if recorder and child:
         recorder.record(phase, child, figures)
@@ -126,8 +130,6 @@ def run_phase(phase: str, store: Store, session: Session, progress: Progress, re
 
 
 def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress: Progress) -> None:
-    from diptych.workflow import report
-
     path = store.home / "report.html"
     if recorder or not path.exists():
         outcome.report = report.write(store, outcome, path)
@@ -331,11 +333,40 @@ def table(outcome: Outcome) -> str:
             f"  {key:<44} {entry['value']:>8.3f}   {entry['low']:.3f} to {entry['high']:.3f}  (n = {entry['n']:,})"
             for key, entry in metrics.items()
         ]
+    lines += _sweep_lines(outcome) + _time_lines(outcome)
     if outcome.report:
         lines += ["", f"  report    {outcome.report}"]
     if outcome.unsent:
         lines += [f"  MLflow    did not answer: {outcome.unsent} events are kept and will be sent by the next run"]
     return "\n".join(lines)
+
+
+def _sweep_lines(outcome: Outcome) -> list[str]:
+    sweep = outcome.figures.get("evaluate", {}).get("sweep")
+    if not sweep:
+        return []
+    setting = ", ".join(f"{key.removeprefix('evaluate.benchmarks.')} = {value}" for key, value in sweep["winner"].items())
+    final = sweep["winner_metrics"].get(sweep["metric"])
+    reported = f"; as reported {final['value']:.3f} ({final['low']:.3f} to {final['high']:.3f})" if final else ""
+    return [
+        "",
+        f"  sweep     {sweep['tried']} settings on {sweep['chosen_on']}, best {setting}: {sweep['metric']} {sweep['winner_value']:.3f}{reported}",
+    ]
+
+
+def _time_lines(outcome: Outcome) -> list[str]:
+    if outcome.cached:
+        return []
+    lines = ["", f"  {'time':<9} {'actual':>12} {'predicted':>12}"]
+    for name in outcome.ran:
+        figures = outcome.figures[name]
+        predicted = figures.get("predicted_s")
+        lines.append(f"  {name:<9} {duration(figures['wall_s']):>12} {duration(predicted) if predicted is not None else '':>12}")
+    train = outcome.figures.get("train", {})
+    if "train" in outcome.ran and "shares" in train:
+        shares = ", ".join(f"{activity} {share:.0%}" for activity, share in train["shares"].items())
+        lines.append(f"  a training step: {shares}; {train['samples_per_s']:,.0f} pictures/s. {train['advice']}")
+    return lines
 
 
 def show(outcome: Outcome) -> None:

@@ -274,18 +274,22 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def set_value(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
     """Sets one value inside nested mappings and lists; missing mappings on the way are made, list entries are not."""
-    for position, part in enumerate(parts):
-        last = position == len(parts) - 1
-        if isinstance(node, list):
-            part = _index(node, part, where)  # noqa: PLW2901
-        elif not isinstance(node, dict):
-            raise ConfigError.at(headline(1), where, node, "a mapping or a list to enter")
-        elif not last and not isinstance(node.get(part), dict | list):
-            node[part] = {}
-        if last:
-            node[part] = value
-        else:
-            node = node[part]
+    *way, last = parts
+    for part in way:
+        step = _step(node, part, where)
+        if isinstance(node, dict) and not isinstance(node.get(step), dict | list):
+            node[step] = {}
+        node = node[step]
+    node[_step(node, last, where)] = value
+
+
+def _step(node: Any, part: str, where: str) -> str | int:
+    """The key or index by which a part of a key path enters a mapping or a list."""
+    if isinstance(node, list):
+        return _index(node, part, where)
+    if not isinstance(node, dict):
+        raise ConfigError.at(headline(1), where, node, "a mapping or a list to enter")
+    return part
 
 
 def _index(entries: list[Any], part: str, where: str) -> int:

@@ -1,0 +1,141 @@
+"""The verbs on pair datasets: `data ls | show | diff | browse | export | ingest`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from diptych.core.errors import ConfigError, nearest
+from diptych.pairs.dataset import PairDataset
+from diptych.pairs.manifest import NAME
+
+
+def _datasets(root: Path) -> dict[str, Path]:
+    folders = [
+        path.parent
+        for path in sorted(root.glob(f"**/{NAME}"))
+        if not any(part.startswith(".") or ".partial" in part for part in path.parts)
+    ]
+    return {folder.relative_to(root).as_posix(): folder for folder in folders}
+
+
+def _find(name: str) -> PairDataset:
+    """A dataset by folder, or by `RUN/PHASE` in this project."""
+    folder = Path(name)
+    if (folder / NAME).exists():
+        return PairDataset.open(folder)
+    known = _datasets(_runs()) if _in_project() else {}
+    if name in known:
+        return PairDataset.open(known[name])
+    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {', '.join(known) or 'none yet'}",
+                         nearest(name, known))  # fmt: skip
+
+
+def _in_project() -> bool:
+    from diptych.workflow.project import Project
+
+    try:
+        Project.find(Path.cwd())
+    except ConfigError:
+        return False
+    return True
+
+
+def _runs() -> Path:
+    from diptych.workflow.project import Project
+
+    return Project.find(Path.cwd()).runs
+
+
+def ls(options: argparse.Namespace) -> int:
+    """`diptych data ls`."""
+    del options
+    for name, folder in _datasets(_runs()).items():
+        manifest = PairDataset.open(folder).manifest
+        methods = ", ".join(str(method.get("method")) for method in manifest.phase.methods)
+        sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods}\n")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """`diptych data show D`."""
+    dataset = _find(options.dataset)
+    if options.verify:
+        dataset = PairDataset.open(dataset.root, verify=True)
+        dataset.verify_shards()
+    manifest, ledger = dataset.manifest, dataset.manifest.ledger
+    out = sys.stdout
+    out.write(f"{dataset.root}\n  {dataset.digest}\n  made by {manifest.phase.phase}, seed {manifest.phase.seed}\n")
+    out.write(f"  {ledger.pairs_in:,} in, {ledger.kept:,} kept\n")
+    for entry in ledger.left:
+        out.write(f"    {entry.count:>9,} left: {entry.reason} ({entry.method})\n")
+    size = sum(shard.size_bytes for shard in manifest.shards.values())
+    out.write(f"  {len(manifest.tables)} tables, {len(manifest.shards)} shards, {size / 2**20:.1f} MiB of pictures\n")
+    for name, kind in manifest.columns.items():
+        out.write(f"    {name:<20} {kind[:90]}\n")
+    for row in dataset.scan().head(3).collect().iter_rows(named=True):
+        captions = "; ".join(f"{caption['text'][:60]} ({caption['source']})" for caption in row["captions"][:4])
+        out.write(f"  {row['key']}: {captions}\n")
+    if options.verify:
+        out.write("  all checksums are right\n")
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    """`diptych data diff A B`."""
+    from diptych.pairs import algebra, browse
+
+    a, b = _find(options.a), _find(options.b)
+    found = algebra.diff(a, b)
+    counts = found.group_by("change", "reason").len().sort("len", descending=True)
+    sys.stdout.write(f"{len(a):,} pairs -> {len(b):,} pairs\n")
+    for change, reason, count in counts.iter_rows():
+        sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
+    if options.html:
+        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html))}\n")
+    return 0
+
+
+def browse(options: argparse.Namespace) -> int:
+    """`diptych data browse D`."""
+    from diptych.pairs import browse as pages
+
+    dataset = _find(options.dataset)
+    out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.html")
+    sys.stdout.write(f"{pages.contact_sheet(dataset, out, limit=options.limit)}\n")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """`diptych data export D OUT --to FORMAT`."""
+    from diptych.pairs import export as exports
+
+    written = exports.export(_find(options.dataset), Path(options.out), options.to)
+    sys.stdout.write(f"{len(written)} files in {options.out}\n")
+    return 0
+
+
+def ingest(options: argparse.Namespace) -> int:
+    """`diptych data ingest SOURCE OUT key=value…`."""
+    from diptych import __version__
+    from diptych.core import catalogue
+    from diptych.pairs.ingest import IngestConfig, ingest_all
+    from diptych.workflow import yaml
+
+    row = catalogue.find(options.source, "ingest", "source")
+    values: dict[str, Any] = {}
+    for item in options.parameters:
+        key, _, text = item.partition("=")
+        values[key] = yaml.parse(text, key)
+    config = catalogue.config_class(row).parse(
+        {"method": row.name} | {k: v for k, v in values.items() if k not in IngestConfig.model_fields}
+    )
+    how = IngestConfig.parse({key: value for key, value in values.items() if key in IngestConfig.model_fields})
+    dataset = ingest_all(config.build(), Path(options.out), config=how, version=__version__, methods=(config.plain(),))  # type: ignore[attr-defined]
+    ledger = dataset.manifest.ledger
+    sys.stdout.write(f"{dataset.root}: {ledger.kept:,} of {ledger.pairs_in:,} pairs kept\n")
+    for entry in ledger.left:
+        sys.stdout.write(f"  {entry.count:>9,} left: {entry.reason}\n")
+    return 0
