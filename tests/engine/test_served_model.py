@@ -221,6 +221,6 @@ def test_through_a_server(project, directory, tracker_of, mlflow_server, encoder
         tracker.end(run)
     assert tracker.close() == 0 and tracker.outbox.refused == 0, tracker.trouble
     models, versions = logged(make_client(server.uri))
-    assert len(models) == 2 and sorted(version.version for version in versions) == [1, 2]
+    assert len(models) == 2 and sorted(int(version.version) for version in versions) == [1, 2]
     features = loaded(server.uri, "models:/quick/2").predict(pd.DataFrame({"text": TEXTS}))
     np.testing.assert_allclose(features, text_features(encoder, TEXTS), rtol=0, atol=1e-6)

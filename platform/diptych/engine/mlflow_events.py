@@ -22,12 +22,16 @@ CALM = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 """MLflow's settings, set before it is imported: the outbox tries again anyway, so a call gives up soon; what the user has set stays."""
 
-REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "MALFORMED_REQUEST"}
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "MALFORMED_REQUEST"}
 """MLflow's codes for an event that it will not take tomorrow either."""
+
+BROKEN_ROWS = ("IntegrityError", "DataError")
+"""What the database says then; MLflow's code for it, BAD_REQUEST, also stands for a lost connection."""
 
 MAX_PARAM_CHARS, MAX_TAG_CHARS, MAX_NAME_CHARS = 6000, 8000, 250
 BATCH = 100
@@ -107,7 +111,9 @@ def make_client(uri: str) -> Any:
 def refused(error: Exception) -> bool:
     """Whether an event that failed with this error would fail for ever: MLflow says so, or the event itself is damaged."""
     code = getattr(error, "error_code", None)
-    return code in REFUSALS if code is not None else isinstance(error, KeyError | TypeError | UnicodeError)
+    if code is None:
+        return isinstance(error, KeyError | TypeError | UnicodeError)
+    return code in REFUSALS or (code == "BAD_REQUEST" and any(word in str(error) for word in BROKEN_ROWS))
 
 
 def allowed(name: str) -> str:

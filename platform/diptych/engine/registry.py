@@ -43,7 +43,9 @@ def register(client: Any, experiment: str, run: str, directory: Path, name: str)
         return
     model = _logged(client, experiment, run) or client.create_logged_model(experiment, NAME, source_run_id=run, model_type="dual-encoder")
     if str(model.status) != "READY":
-        client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
+        outputs = client.get_run(run).outputs
+        if not (outputs and outputs.model_outputs):
+            client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
         with tempfile.TemporaryDirectory(prefix="diptych-model-") as scratch:
             package(directory, Path(scratch) / "model", model_id=model.model_id, run_id=run, location=model.artifact_location)
             client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))

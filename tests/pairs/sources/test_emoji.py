@@ -58,7 +58,7 @@ def test_splits_labels_and_captions(tmp_path: Path) -> None:
     assert captions == [
         ("seedling", "human"),
         ("plant, sapling, sprout, young", "tag"),
-        ("spross", "human"),
+        ("Spross", "human"),
         ("junge pflanze, spross", "tag"),
     ]
 

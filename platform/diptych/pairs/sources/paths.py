@@ -19,19 +19,13 @@ DOCUMENTED = frozenset({"label", "label_name", "language", "weight", "regions"})
 def expand(patterns: Sequence[str]) -> list[str]:
     """The files that patterns mean, sorted, each once; local ones absolute. `{000..012}` counts, `*`, `?`, `[…]` and `**` match names.
 
-    Raises DataError for a pattern that means no file.
+    Raises DataError for a pattern, or a number of a range, that means no file.
     """
     found: set[str] = set()
-    for pattern in patterns:
-        files = [file for name in _counted(pattern) for file in _matches(name)]
+    for name in (name for pattern in patterns for name in _counted(pattern)):
+        files = _matches(name)
         if not files:
-            raise DataError.at(
-                "No file of this name",
-                "path",
-                pattern,
-                "at least one file",
-                "check the pattern; relative paths start at the project's folder",
-            )
+            raise DataError.at("No file of this name", "path", name, "at least one file", "relative paths start at the project's folder")
         found.update(files)
     return sorted(found)
 

@@ -1,0 +1,131 @@
+"""A whole run in process: outputs, cache, lock, variations, records, comparison and trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import polars as pl
+import pytest
+from tests.workflow.conftest import WORKFLOW, write_workflow
+
+from diptych.core.errors import ConfigError, DataError
+from diptych.pairs.dataset import PairDataset
+from diptych.workflow import compare, plan, run, spec, trace
+from diptych.workflow.project import Project
+
+OPTIONS = run.Options(in_process=True, quiet=True)
+
+
+def go(project: Path, *overrides: str) -> run.Outcome:
+    return run.run(spec.load(project / "workflows" / "small.yaml", overrides), OPTIONS)
+
+
+@pytest.fixture
+def done(project: Path) -> run.Outcome:
+    return go(project)
+
+
+def test_a_run_leaves_outputs_ledgers_lock_report_and_mlflow_runs(project: Path, done: run.Outcome) -> None:
+    assert done.ran == list(spec.PHASES)
+    for phase in ("ingest", "curate", "prune", "caption"):
+        dataset = PairDataset.open(project / "runs" / "small" / phase, verify=True)
+        ledger = dataset.manifest.ledger
+        assert ledger.pairs_in == ledger.kept + sum(entry.count for entry in ledger.left)
+    test = PairDataset.open(project / "runs/small/caption").scan().filter(pl.col("split") == "test").collect()
+    assert test.height == 597, "what a model is measured on is never curated"
+    assert "digits/zero-shot/acc1" in done.figures["evaluate"]["metrics"]
+    page = (project / "runs/small/report.html").read_text()
+    assert "The ledger" in page and "http://" not in page and "https://" not in page
+    assert not list((project / "runs").glob("**/*.partial*"))
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=project, capture_output=True, text=True, check=True)
+    assert "up to date" in status.stdout, status.stdout
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("diptych").experiment_id])
+    names = {found.info.run_name for found in runs}
+    assert names == {"small", *(f"small/{phase}" for phase in spec.PHASES)}
+    parent = next(found for found in runs if found.info.run_name == "small")
+    assert parent.data.metrics["eval/digits/zero-shot/acc1"] == pytest.approx(done.figures["evaluate"]["metrics"]["digits/zero-shot/acc1"]["value"])
+    assert parent.data.params["train.optimizer.lr"] == "0.001"
+    assert all(found.info.status == "FINISHED" for found in runs)
+
+
+def test_a_second_run_is_cached_and_a_lost_output_comes_back_from_dvc(project: Path, done: run.Outcome) -> None:
+    del done
+    assert go(project).cached
+    shutil.rmtree(project / "runs/small/train")
+    again = go(project)
+    assert again.cached
+    assert (project / "runs/small/train/open_clip_model.safetensors").exists()
+
+
+def test_a_changed_training_parameter_runs_training_and_evaluation_alone(project: Path, done: run.Outcome) -> None:
+    lock = (project / "dvc.lock").read_bytes()
+    workflow = spec.load(project / "workflows/small.yaml", ["train.optimizer.lr=3e-3"])
+    store, lines = plan.plan(workflow)
+    assert [line.phase for line in lines if line.state.changed] == ["train", "compress", "evaluate"]
+    assert next(line for line in lines if line.phase == "train").state.reasons == ("train.optimizer.lr: 0.001 -> 0.003",)
+    assert "train.optimizer.lr: 0.001 -> 0.003" in plan.text(store, lines)
+    changed = go(project, "train.optimizer.lr=3e-3")
+    assert changed.ran == ["train", "compress", "evaluate"]
+    assert (project / "dvc.lock").read_bytes() == lock, "a variation leaves the workflow's lock alone"
+    assert go(project, "train.optimizer.lr=3e-3").cached
+    found = compare.compare(Project(project), done.name, changed.name)
+    assert found.changed == {"train.optimizer.lr": (0.001, 0.003)}
+    assert any(row.key == "digits/zero-shot/acc1" for row in found.rows)
+
+
+def test_runs_measured_differently_are_not_compared(project: Path, done: run.Outcome) -> None:
+    other = go(project, "evaluate.benchmarks.zero-shot.templates=[a drawing of {}]")
+    assert other.ran == ["evaluate"]
+    with pytest.raises(DataError, match="not measured the same way"):
+        compare.compare(Project(project), done.name, other.name)
+    with pytest.raises(ConfigError, match="did you mean 'small'"):
+        compare.compare(Project(project), "smal", other.name)
+
+
+def test_a_figure_and_a_pair_are_traced(project: Path, done: run.Outcome) -> None:
+    del done
+    steps = trace.trace(Project(project), "eval/digits/zero-shot/acc1")
+    words = [step.what.split()[0] for step in steps]
+    assert words == ["figure", "evaluated", "model", "pairs", "pairs", "pairs", "pairs"]
+    rejected = PairDataset.open(project / "runs/small/prune").rejects().row(0, named=True)
+    fate = trace.trace(Project(project), rejected["key"])
+    assert [step.what for step in fate] == ["ingest: kept", "curate: kept", "prune: left"]
+    assert f"reason {rejected['reason']}" in fate[-1].facts
+
+
+def test_a_sweep_is_chosen_on_one_split_and_reported_on_another(project: Path) -> None:
+    sweep = {
+        "space": {"evaluate.benchmarks.0.templates": [["{}"], ["the number {}"]], "evaluate.benchmarks.0.logit_scale": [10.0, 50.0]},
+        "metric": "digits/zero-shot/log_loss",
+        "mode": "min",
+        "choose_on": "train",
+    }
+    write_workflow(project / "workflows", {**WORKFLOW, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
+    found = go(project).figures["evaluate"]["sweep"]
+    table = pl.read_parquet(project / "runs/small/evaluate/sweep.parquet")
+    scores = table.filter(pl.col("metric") == "digits/zero-shot/log_loss")
+    assert scores.height == found["tried"] == 4
+    assert found["winner_value"] == pytest.approx(scores["value"].min())
+    assert found["winner_metrics"]["digits/zero-shot/acc1"]["n"] == 597
+
+
+def test_a_training_axis_trains_each_setting_and_optuna_proposes(project: Path) -> None:
+    sweep = {
+        "space": {"train.optimizer.lr": {"min": 1e-4, "max": 1e-2, "log": True}},
+        "metric": "digits/zero-shot/acc1",
+        "search": "optuna",
+        "trials": 2,
+        "choose_on": "train",
+    }
+    write_workflow(project / "workflows", {**WORKFLOW, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
+    found = go(project).figures["evaluate"]["sweep"]
+    assert found["tried"] == 2
+    trained = [json.loads(path.read_text())["params"]["train"]["optimizer"]["lr"] for path in (project / "runs").glob("small+*/.records/train.json")]
+    assert found["winner"]["train.optimizer.lr"] in trained
+    assert len(set(trained)) == 2

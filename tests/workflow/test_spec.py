@@ -1,0 +1,118 @@
+"""The workflow file: everything wrong is said at once, with paths and nearest names; overrides reach every value."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.workflow.conftest import WORKFLOW, write_workflow
+
+from diptych.core.errors import ConfigError, ResourceError
+from diptych.workflow import identity, spec, yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def check(**changes: Any) -> spec.Workflow:
+    return spec.check({**copy.deepcopy(WORKFLOW), **changes}, Path("small.yaml"))
+
+
+def test_a_workflow_with_five_mistakes_names_all_five() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(
+            prune=[{"method": "semantic-dedup", "epsilon": 7}, {"method": "concept-prunning", "keep": 0.5}],
+            train={**WORKFLOW["train"], "batch_sise": 12, "batch_size": "many", "model": "vit-nano-46"},
+            curat=[],
+        )
+    found = {problem.where: problem for problem in caught.value.problems}
+    assert set(found) >= {"prune.0.epsilon", "prune.1.method", "train.batch_sise", "train.batch_size", "train.model", "curat"}
+    assert found["prune.1.method"].fix == "did you mean 'concept-pruning'?"
+    assert found["train.batch_sise"].fix == "did you mean 'batch_size'?"
+    assert found["train.model"].fix == "did you mean 'vit-nano-64'?"
+    assert found["curat"].fix == "did you mean 'curate'?"
+    assert "less than" in found["prune.0.epsilon"].expected
+
+
+def test_a_method_of_another_phase_is_named_as_such() -> None:
+    with pytest.raises(ConfigError, match="belongs to the phase 'curate'"):
+        check(prune=[{"method": "metaclip"}])
+
+
+def test_a_missing_phase_is_refused_since_dvc_locks_every_key() -> None:
+    raw = copy.deepcopy(WORKFLOW)
+    del raw["compress"]
+    with pytest.raises(ConfigError) as caught:
+        spec.check(raw, Path("small.yaml"))
+    assert [problem.where for problem in caught.value.problems] == ["compress"]
+
+
+def test_batches_that_do_not_divide_and_too_many_workers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not divide"):
+        check(train={**WORKFLOW["train"], "workers": 3})
+    with pytest.raises(ResourceError, match="More workers than cores"):
+        spec.check_resources(check(train={**WORKFLOW["train"], "workers": 4}), cores=2)
+    spec.check_resources(check(), cores=1)
+
+
+def test_overrides_reach_mappings_lists_by_index_and_methods_by_name(tmp_path: Path) -> None:
+    path = write_workflow(tmp_path, WORKFLOW)
+    workflow = spec.load(path, ["train.optimizer.lr=3e-4", "prune.1.keep=0.5", "prune.semantic-dedup.epsilon=0.2", "evaluate.benchmarks.zero-shot.topk=[1, 3]"])
+    assert workflow.optimizer.plain()["lr"] == 3e-4
+    assert workflow.prune[1].plain()["keep"] == 0.5
+    assert workflow.prune[0].plain()["epsilon"] == 0.2
+    assert workflow.benchmarks[0].plain()["topk"] == [1, 3]
+    assert spec.load(path).digest != workflow.digest
+
+
+def test_wrong_overrides_are_all_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    path = write_workflow(tmp_path, WORKFLOW)
+    with pytest.raises(ConfigError) as caught:
+        spec.load(path, ["train.optimizer.lr", "prune.semantic-dedupe.epsilon=1", "seed.x=1"])
+    assert len(caught.value.problems) == 3
+    assert "did you mean 'semantic-dedup'?" in str(caught.value)
+
+
+def test_a_sweep_is_checked_by_trying_its_axes() -> None:
+    sweep = {"space": {"train.optimizer.lrr": [1e-3]}, "metric": "digits/zero-shot/acc1"}
+    with pytest.raises(ConfigError, match="lrr"):
+        check(evaluate={**WORKFLOW["evaluate"], "sweep": sweep})
+    with pytest.raises(ConfigError, match="a grid needs lists"):
+        check(evaluate={**WORKFLOW["evaluate"], "sweep": {"space": {"train.optimizer.lr": {"min": 1e-4, "max": 1e-2}}, "metric": "x"}})
+
+
+def test_yaml_is_1_2_and_refuses_a_key_twice() -> None:
+    data = yaml.parse("{a: 3e-4, b: no, e: 2026-01-01}", "x")
+    assert data == {"a": 3e-4, "b": "no", "e": "2026-01-01"}
+    with pytest.raises(ConfigError, match="stands twice"):
+        yaml.parse("a: 1\na: 2\n", "w.yaml")
+    with pytest.raises(ConfigError, match="w.yaml:2"):
+        yaml.parse("a: 1\nb: [1, 2\nc: 3\n", "w.yaml")
+
+
+def test_a_file_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:
+    write_workflow(tmp_path, WORKFLOW)
+    with pytest.raises(ConfigError, match=r"small\.yaml"):
+        spec.load(tmp_path / "smal.yaml")
+
+
+def test_dvc_yaml_lists_the_same_keys_rooms_and_inputs_as_the_code() -> None:
+    stages = yaml.read(ROOT / "dvc.yaml")["stages"]
+    assert tuple(stages) == spec.PHASES
+    for phase, stage in stages.items():
+        work = stage["do"]
+        assert work["cmd"] == f"diptych phase {phase} workflows/${{item}}.yaml"
+        assert tuple(next(iter(work["params"][0].values()))) == spec.KEYS[phase]
+        rooms = [f"platform/diptych/{room}" for room in identity.ROOMS[phase]]
+        inputs = [f"runs/${{item}}/{name}" for name in identity.INPUTS[phase]]
+        assert work["deps"] == rooms + inputs
+        assert work["outs"] == [f"runs/${{item}}/{phase}"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_workflow_is_valid_and_listed(path: Path) -> None:
+    workflow = spec.load(path)
+    assert workflow.name == path.stem
+    listed = yaml.read(ROOT / "dvc.yaml")["vars"][0]["workflows"]
+    assert path.stem in listed
