@@ -16,7 +16,7 @@ from pathlib import Path
 import polars as pl
 from PIL import Image
 
-from diptych.pairs.sources.emoji import LANGUAGES, VENDORS, vendor_path
+from diptych.pairs.sources.emoji import LANGUAGES, VENDORS, Vendor, vendor_path
 from diptych.pairs.write import parquet_bytes
 
 QUALITY = 85
@@ -30,7 +30,7 @@ def smaller(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def names(tables: dict[str, pl.DataFrame]) -> pl.DataFrame:
+def names(tables: dict[Vendor, pl.DataFrame]) -> pl.DataFrame:
     """One row an emoji, by hexcode: what all makers' tables agree on."""
     columns = [*SHARED, *(column for code in LANGUAGES if code != "en" for column in (f"name_{code}", f"tags_{code}"))]
     known = [column for column in columns if column in tables["noto"].columns]

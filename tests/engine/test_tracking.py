@@ -48,7 +48,7 @@ def contents(uri, experiment="diptych"):
 
 def _run(client, run, names):
     tags = dict(run.data.tags)
-    tags.pop("diptych.id")
+    tags.pop("mlflow.diptych.id")
     tags["mlflow.parentRunId"] = names.get(tags.get("mlflow.parentRunId"))
     for volatile in ("mlflow.user", "mlflow.log-model.history"):
         tags.pop(volatile, None)

@@ -10,11 +10,15 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from diptych import __version__
 from diptych.core.errors import ResourceError
 from diptych.engine import reach
 
-OUR_ID = "diptych.id"
+OUR_ID = "mlflow.diptych.id"
+"""The tag that tells whether a run was sent before; MLflow's pages do not show tags that start with its own name."""
+
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow show an experiment's pages for training, not those for language-model applications."""
+
 CALM = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -60,7 +64,7 @@ class Receiver:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                return str(client.create_experiment(self.experiment, self.artifacts))
+                return str(client.create_experiment(self.experiment, self.artifacts, KIND))
             except MlflowException:
                 found = client.get_experiment_by_name(self.experiment)  # another driver was quicker
                 if found is None:
@@ -90,7 +94,7 @@ class Receiver:
         if found:  # sent before, but the mark was lost with the driver
             runs[event["run"]] = found[0].info.run_id
             return
-        tags = {**_tag_values(event["tags"]), OUR_ID: event["run"], "diptych.version": __version__, "mlflow.source.name": "diptych"}
+        tags = {**_tag_values(event["tags"]), OUR_ID: event["run"]}
         if event["parent"]:
             tags["mlflow.parentRunId"] = runs[event["parent"]]
         run = self._client.create_run(self._experiment_id, start_time=event["time_ms"], tags=tags, run_name=event["name"])

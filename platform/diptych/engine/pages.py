@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,14 +42,17 @@ def serve(target: Target, host: str, port: int) -> int:
     ]
     if target.artifacts:
         command += ["--default-artifact-root", target.artifacts]
-    # A session of its own: Ctrl-C reaches us alone, and we end the server with all that it has started.
+    # A session of its own: a signal reaches us alone, and we end the server with all that it has started.
     process = subprocess.Popen(command, env={**QUIET, **os.environ}, start_new_session=True)  # noqa: S603 - a fixed program
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         return process.wait()
     except KeyboardInterrupt:
         return 0
     finally:
         _stop(process)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free(host: str, port: int) -> None:
@@ -66,8 +70,6 @@ def _free(host: str, port: int) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    import signal
-
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

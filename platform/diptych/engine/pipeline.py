@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ class Pipeline:
         logging.getLogger("dvc").setLevel(logging.ERROR)
         try:
             self._repo = Repo(str(root))
-            stages = {
-                stage.addressing.partition("@")[0]: stage for stage in self._repo.stage.collect(f"{phases[-1]}@{workflow}", with_deps=True)
-            }
+            # The file's full path, since DVC reads a bare name against the folder it was started in.
+            target = f"{root / 'dvc.yaml'}:{phases[-1]}@{workflow}"
+            stages = {stage.name.partition("@")[0]: stage for stage in self._repo.stage.collect(target, with_deps=True)}
         except DvcException as error:
             raise ConfigError.at("DVC cannot read its pipeline", root / "dvc.yaml", str(error), f"a stage for {workflow!r} in every phase",
                                  f"list {workflow!r} under each `foreach` in dvc.yaml") from error  # fmt: skip
@@ -70,14 +70,14 @@ class Pipeline:
     def state(self, phase: str) -> StageState:
         """Whether a stage must run, in words. Content is compared, not time stamps."""
         stage = self._stages[phase]
-        with self._quiet():
+        with self._inside():
             status = stage.status(check_updates=True) if stage.changed() else {}
         return StageState(phase, tuple(_reasons(status.get(stage.addressing, []))))
 
     def save(self, phase: str) -> None:
         """Records the stage's dependencies and outputs in the cache and in `dvc.lock`, as `dvc repro` does after its command."""
         stage = self._stages[phase]
-        with self._quiet():
+        with self._inside():
             stage.save()
             stage.commit()
             stage.dump(update_pipeline=False)
@@ -85,7 +85,7 @@ class Pipeline:
     def restore(self, phase: str) -> bool:
         """Checks a stage's outputs out of DVC's cache when they are missing but locked. True when that made it whole."""
         stage = self._stages[phase]
-        with self._quiet():
+        with self._inside():
             if stage.changed_stage() or stage.changed_deps() if not stage.is_import else False:
                 return False
             try:
@@ -96,14 +96,15 @@ class Pipeline:
 
     def unprotect_outputs(self, phase: str) -> None:
         """Removes a stage's outputs before it runs, as DVC would."""
-        self._stages[phase].remove_outs(ignore_remove=False, force=False)
+        with self._inside():
+            self._stages[phase].remove_outs(ignore_remove=False, force=False)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """DVC reports on standard output; the run has its own lines."""
+    def _inside(self) -> Iterator[None]:
+        """In the project's folder, since DVC resolves paths against the current one, and without DVC's own lines."""
         from dvc.ui import ui
 
-        with _patched(ui, "write", _nothing):
+        with chdir(self._repo.root_dir), _patched(ui, "write", _nothing):
             yield
 
 

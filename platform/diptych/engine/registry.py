@@ -15,7 +15,6 @@ from typing import Any
 
 import diptych
 
-NAME = "model"
 ROOMS = ("core", "models")
 LIBRARIES = (
     "mlflow",
@@ -41,7 +40,9 @@ def register(client: Any, experiment: str, run: str, directory: Path, name: str)
     if not directory.is_dir():
         client.set_tag(run, f"diptych.missing.{directory.name}", "the model was gone when it was to be sent")
         return
-    model = _logged(client, experiment, run) or client.create_logged_model(experiment, NAME, source_run_id=run, model_type="dual-encoder")
+    model = _logged(client, experiment, run, name) or client.create_logged_model(
+        experiment, name, source_run_id=run, model_type="dual-encoder"
+    )
     if str(model.status) != "READY":
         outputs = client.get_run(run).outputs
         if not (outputs and outputs.model_outputs):
@@ -53,8 +54,8 @@ def register(client: Any, experiment: str, run: str, directory: Path, name: str)
     _version(client, name, run, model)
 
 
-def _logged(client: Any, experiment: str, run: str) -> Any | None:
-    found = client.search_logged_models([experiment], f"source_run_id = '{run}' AND name = '{NAME}'", max_results=1)
+def _logged(client: Any, experiment: str, run: str, name: str) -> Any | None:
+    found = client.search_logged_models([experiment], f"source_run_id = '{run}' AND name = '{name}'", max_results=1)
     return found[0] if found else None
 
 

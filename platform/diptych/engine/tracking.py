@@ -6,14 +6,18 @@ Metric names have one grammar: `data/<phase>/<what>`, `train/<what>`, `eval/<set
 
 from __future__ import annotations
 
+import getpass
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diptych import __version__
 from diptych.core.errors import DiptychError, ResourceError
 from diptych.engine import reach
 from diptych.engine.mlflow_events import Receiver, make_client, refused
@@ -64,6 +68,7 @@ class Tracker:
         self.target = target
         self.outbox = outbox
         self.trouble = ""
+        self._origin = origin(Path.cwd())
         self._journal: Journal | None = None
         self._runs: dict[str, str] = {}
         self._receivers: dict[Target, Receiver] = {}
@@ -83,9 +88,10 @@ class Tracker:
                                    "start the server, or unset MLFLOW_TRACKING_URI to use a file here") from error  # fmt: skip
 
     def start(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
-        """Begins a run and gives our id for it."""
+        """Begins a run and gives our id for it. Tags without a value are left out."""
         run = new_id()
-        self._add("start", run=run, name=name, parent=parent, tags=dict(tags or {}))
+        given = {key: value for key, value in (tags or {}).items() if value}
+        self._add("start", run=run, name=name, parent=parent, tags={**given, **self._origin})
         return run
 
     def params(self, run: str, values: Mapping[str, Any]) -> None:
@@ -235,6 +241,17 @@ def _send_one(receiver: Receiver, journal: Journal, event: Event) -> None:
         if not refused(error):
             raise
         journal.refuse(event, sentence(error))
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """MLflow's own tags for who started a run, with which version, from which commit."""
+    tags = {"mlflow.source.name": f"diptych {__version__}", "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError):  # a container's user need not have a name
+        tags["mlflow.user"] = getpass.getuser()
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        tags["mlflow.source.git.commit"] = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()  # noqa: S603
+    return tags
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Spherical k-means: clusters of directions, by Lloyd's algorithm on the unit sphere, on CPU or GPU.
 
-A cluster's centroid is the normalised mean of its members; a row belongs to the centroid of largest inner product. One
-matrix product a block of rows is nearly all of the work, so the speed is that of the machine's `sgemm`.
+A cluster's centroid is the normalised mean of its members; a row belongs to the centroid of largest inner product. One matrix
+product a block of rows is nearly all of the work. It only screens: centroids that rounding leaves in question are told apart by
+float64 products, row by row, so the fit can screen with bfloat16 where that is fast and still label as float32 would.
 
-Shape legend: N rows, D feature width, K centroids, B rows of a block.
+Shape legend: N rows, D feature width, K centroids, B rows of a block, L lanes, M centroids of a lane, Q (row, centroid) pairs.
 Source: Dhillon and Modha, Concept Decompositions for Large Sparse Text Data Using Clustering (2001), section 3; reseeding is ours.
 """
 
@@ -13,13 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import embedding_bag, normalize
+from torch.nn.functional import embedding_bag, normalize, pad
 
 from diptych.core.chance import generator
 from diptych.core.errors import ConfigError
 
-BLOCK_VALUES = 1 << 23
-"""Similarities held at once: 32 MiB of float32, whatever N and K are."""
+BLOCK_VALUES = 1 << 22
+"""Similarities held at once: 16 MiB of float32, whatever N and K are."""
+
+LANES = 64
+"""Centroid k lies in lane `k % LANES`: the maximum of every lane is one vector instruction a centroid, unlike that of a row."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,34 @@ def spherical_kmeans(
     weights_N: torch.Tensor | None = None,
     tolerance: float = 1e-6,
     block_values: int = BLOCK_VALUES,
+    screen: torch.dtype | None = None,
 ) -> Clustering:
     """Fits `k` unit centroids to the rows of `features_ND` (float32, L2-normalised), from `k` distinct rows drawn by `seed`.
 
     Stops after `iterations` updates, or when the objective (a mean of cosines, at most 1) grew by no more than `tolerance`
     in one. An empty cluster restarts at the row that is worst served, the next one at the next worst. `weights_N` (float32,
-    >= 0) counts a row that often. Same rows in the same order give the same centroids, to the bit on one kind of machine.
-    Memory beyond the rows: `4 * block_values` bytes, two times `4 K D`, and 24 N. Raises ConfigError unless 1 <= k <= rows.
+    >= 0) counts a row that often. `screen` is float32 or bfloat16; None takes the faster one on this machine. Same rows in
+    the same order give the same centroids, to the bit on one kind of machine. Memory beyond the rows: `8 * block_values`
+    bytes, `12 K D` and 24 N. Raises ConfigError unless 1 <= k <= rows.
     """
     candidates = torch.arange(len(features_ND)) if weights_N is None else weights_N.cpu().nonzero().squeeze(1)
     if not 1 <= k <= len(candidates):
         raise ConfigError.at(
             "Impossible number of clusters", "k", k, f"1 to {len(candidates)}, the rows with a weight", "lower the number of clusters"
         )
+    screen = screen or fastest(features_ND.device)
     first = generator(seed, "spherical-kmeans").choice(len(candidates), k, replace=False, shuffle=False)
     centroids_KD = normalize(features_ND[candidates[torch.from_numpy(first)].to(features_ND.device)], dim=1)
+    total = float(len(features_ND) if weights_N is None else weights_N.double().sum())
     objectives: list[float] = []
     reseeded = 0
     for _ in range(iterations):
-        label_N, similarity_N = _nearest(features_ND, centroids_KD, block_values)
-        objectives.append(_mean(similarity_N, weights_N))
+        label_N = _label(features_ND, centroids_KD, screen, block_values)
+        sum_KD = _member_sums(features_ND, label_N, weights_N, k)
+        objectives.append(float((sum_KD.double() * centroids_KD).sum()) / total)
         if len(objectives) > 1 and objectives[-1] - objectives[-2] <= tolerance:
             break
-        centroids_KD, empty = _update(features_ND, label_N, similarity_N, weights_N, centroids_KD)
+        centroids_KD, empty = _update(features_ND, label_N, weights_N, sum_KD, centroids_KD)
         reseeded += empty
     return Clustering(centroids_KD, tuple(objectives), reseeded)
 
@@ -76,16 +85,12 @@ def spherical_kmeans(
 def assign(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int = BLOCK_VALUES) -> tuple[torch.Tensor, torch.Tensor]:
     """The centroid of largest inner product of every row: label `[N]` int64, similarity `[N]` float32.
 
-    The result for a row depends on that row and the centroids alone, not on the batch around it: a float32 product finds the
-    centroids that rounding leaves in question, float64 decides between them, and the first of equal ones wins.
-    Rows and centroids are float32 of norm at most 1. Memory: `4 * block_values` bytes and a few times `8 B D`.
+    The result for a row depends on that row and the centroids alone, not on the batch around it; the first of equal centroids
+    wins. Rows and centroids are finite float32 of norm at most 1. Memory: `8 * block_values` bytes.
     """
-    label_N = torch.empty(len(features_ND), dtype=torch.int64, device=features_ND.device)
+    label_N = _label(features_ND, centroids_KD, torch.float32, block_values)
     similarity_N = torch.empty(len(features_ND), dtype=torch.float32, device=features_ND.device)
-    # Either of two float32 products of unit vectors is off by at most D * eps / 2; twice the sum leaves room for norms just above 1.
-    slack = 2 * features_ND.shape[1] * torch.finfo(torch.float32).eps
-    for rows, scores_BK in _blocks(features_ND, centroids_KD, block_values):
-        label_N[rows] = _settle(features_ND[rows], centroids_KD, scores_BK, slack)
+    for rows in _slices(len(features_ND), max(1, block_values // features_ND.shape[1] // 4)):
         similarity_N[rows] = dot(features_ND[rows], centroids_KD[label_N[rows]])
     return label_N, similarity_N
 
@@ -95,64 +100,93 @@ def dot(left_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
     return _dot64(left_ND, right_ND).float()
 
 
+def fastest(device: torch.device) -> torch.dtype:
+    """The type to screen with: bfloat16 where the machine multiplies it natively, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
 def _dot64(left_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
-    return (left_ND.double() * right_ND.double()).sum(dim=1)
+    return (left_ND.double() * right_ND).sum(dim=1)
 
 
-def _blocks(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Similarities `[B, K]` a block of rows; the buffer is used again for the next block."""
-    block = max(1, min(block_values // len(centroids_KD), len(features_ND)))
-    buffer_BK = torch.empty(block, len(centroids_KD), dtype=features_ND.dtype, device=features_ND.device)
-    for start in range(0, len(features_ND), block):
-        rows = slice(start, min(start + block, len(features_ND)))
-        yield rows, torch.mm(features_ND[rows], centroids_KD.t(), out=buffer_BK[: rows.stop - start])
+def _label(features_ND: torch.Tensor, centroids_KD: torch.Tensor, screen: torch.dtype, block_values: int) -> torch.Tensor:
+    """Index of the nearest centroid, int64 `[N]`: scores in the type `screen`, then float64 wherever those leave a doubt."""
+    k = len(centroids_KD)
+    table_KD = pad(centroids_KD, (0, 0, 0, -k % LANES)).to(screen)
+    block = max(1, min(block_values // len(table_KD), len(features_ND)))
+    buffer_BK = torch.empty(block, len(table_KD), dtype=screen, device=features_ND.device)
+    label_N = torch.empty(len(features_ND), dtype=torch.int64, device=features_ND.device)
+    for rows in _slices(len(features_ND), block):
+        block_BD = features_ND[rows]
+        scores_BK = torch.mm(block_BD.to(screen), table_KD.t(), out=buffer_BK[: len(block_BD)])
+        scores_BK[:, k:] = -torch.inf
+        label_N[rows] = _settle(block_BD, centroids_KD, *_rivals(scores_BK, features_ND.shape[1]))
+    return label_N
 
 
-def _nearest(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `assign`, at the precision of the float32 product: the inner loop of the fit, where no batch can differ."""
-    found = [scores_BK.max(dim=1) for _, scores_BK in _blocks(features_ND, centroids_KD, block_values)]
-    return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
+def _rivals(scores_BK: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column `[Q]` of every score that rounding cannot tell from the best of its row; at least one a row."""
+    grid_BML = scores_BK.view(len(scores_BK), -1, LANES)
+    top_BL = grid_BML.amax(dim=1)
+    best_B = top_BL.amax(dim=1).float()
+    bar_B = best_B - _slack(best_B, scores_BK.dtype, width)
+    row_P, lane_P = (top_BL >= bar_B[:, None]).nonzero(as_tuple=True)
+    pair_Q, place_Q = (grid_BML[row_P, :, lane_P] >= bar_B[row_P, None]).nonzero(as_tuple=True)
+    return row_P[pair_Q], place_Q * LANES + lane_P[pair_Q]
 
 
-def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, scores_BK: torch.Tensor, slack: float) -> torch.Tensor:
-    """Labels `[B]`; where another score comes within `slack` of the best, float64 products decide. Overwrites `scores_BK`."""
-    best_B, label_B = scores_BK.max(dim=1)
-    scores_BK.scatter_(1, label_B[:, None], -torch.inf)
-    unsure_U = (scores_BK.amax(dim=1) >= best_B - slack).nonzero().squeeze(1)
-    if len(unsure_U) == 0:
-        return label_B
-    scores_BK.scatter_(1, label_B[:, None], best_B[:, None])
-    rival_UK = scores_BK[unsure_U] >= best_B[unsure_U, None] - slack
-    exact_UK = torch.full(rival_UK.shape, -torch.inf, dtype=torch.float64, device=rival_UK.device)
-    # Copies of one centroid make every row unsure: the pairs go in pieces, so that memory stays bounded even then.
-    for row_P, column_P in zip(*(torch.split(index, max(len(block_BD), 1024)) for index in rival_UK.nonzero(as_tuple=True)), strict=True):
-        exact_UK[row_P, column_P] = _dot64(block_BD[unsure_U[row_P]], centroids_KD[column_P])
-    label_B[unsure_U] = exact_UK.argmax(dim=1)
-    return label_B
+def _slack(best_B: torch.Tensor, screen: torch.dtype, width: int) -> torch.Tensor:
+    """How far below the best score `[B]` the true best may have been put."""
+    eps = torch.finfo(screen).eps
+    if screen == torch.float32:
+        # Proven: a float32 sum of D products of unit vectors is off by at most D * eps / 2. Twice that for norms just above 1.
+        return torch.full_like(best_B, 2 * width * eps)
+    # The score is rounded, and so is every factor: independent errors add up like 1 / sqrt(D), of which this is 14 sigma.
+    return eps * (best_B.abs() + min(2.0, 8 / width**0.5))
 
 
-def _mean(similarity_N: torch.Tensor, weights_N: torch.Tensor | None) -> float:
-    if weights_N is None:
-        return float(similarity_N.double().mean())
-    return float((similarity_N.double() * weights_N).sum() / weights_N.double().sum())
+def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, row_Q: torch.Tensor, column_Q: torch.Tensor) -> torch.Tensor:
+    """The best candidate `[B]` of every row by float64 products; the first one of equals."""
+    contested_R = (row_Q.bincount(minlength=len(block_BD)) > 1)[row_Q].nonzero().squeeze(1)
+    score_Q = torch.zeros(len(row_Q), dtype=torch.float64, device=row_Q.device)
+    # Copies of one centroid contest every row K times: in pieces, so that memory stays bounded even then.
+    for piece_R in torch.split(contested_R, max(len(block_BD) // 4, 1024)):
+        score_Q[piece_R] = _dot64(block_BD[row_Q[piece_R]], centroids_KD[column_Q[piece_R]])
+    best_B = score_Q.new_full((len(block_BD),), -torch.inf).scatter_reduce_(0, row_Q, score_Q, "amax")
+    winner_Q = score_Q == best_B[row_Q]
+    label_B = row_Q.new_full((len(block_BD),), len(centroids_KD))
+    return label_B.scatter_reduce_(0, row_Q[winner_Q], column_Q[winner_Q], "amin")
+
+
+def _member_sums(features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: torch.Tensor | None, k: int) -> torch.Tensor:
+    """(Weighted) sums of the members `[K, D]`, in row order: unlike an atomic scatter-add the same on every run, on a GPU too."""
+    member_N = label_N.argsort(stable=True)
+    size_K = label_N.bincount(minlength=k)
+    share_N = None if weights_N is None else weights_N[member_N].float()
+    return embedding_bag(member_N, features_ND, size_K.cumsum(0) - size_K, mode="sum", per_sample_weights=share_N)
 
 
 def _update(
-    features_ND: torch.Tensor, label_N: torch.Tensor, similarity_N: torch.Tensor, weights_N: torch.Tensor | None, previous_KD: torch.Tensor
+    features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: torch.Tensor | None, sum_KD: torch.Tensor, previous_KD: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
     """Normalised member sums, and how many clusters had no member and were reseeded."""
-    k = len(previous_KD)
-    # Sums over members in row order: unlike an atomic scatter-add the same on every run, on a GPU too.
-    member_N = label_N.argsort(stable=True)
-    size_K = label_N.bincount(minlength=k)
-    start_K = size_K.cumsum(0) - size_K
-    share_N = None if weights_N is None else weights_N[member_N].float()
-    sum_KD = embedding_bag(member_N, features_ND, start_K, mode="sum", per_sample_weights=share_N)
     # Members that cancel out leave no direction: such a cluster keeps the one it had.
     centroids_KD = torch.where(sum_KD.norm(dim=1, keepdim=True) > 0, normalize(sum_KD, dim=1), previous_KD)
-    mass_K = size_K if weights_N is None else size_K.new_zeros(k, dtype=torch.float64).index_add_(0, label_N, weights_N.double())
-    empty = (mass_K == 0).nonzero().squeeze(1)
+    counted_N = label_N if weights_N is None else label_N[weights_N > 0]
+    empty = (counted_N.bincount(minlength=len(previous_KD)) == 0).nonzero().squeeze(1)
     if len(empty):
-        worst = similarity_N if weights_N is None else similarity_N.masked_fill(weights_N == 0, torch.inf)
-        centroids_KD[empty] = normalize(features_ND[worst.argsort(stable=True)[: len(empty)]], dim=1)
+        served_N = torch.cat([dot(features_ND[rows], previous_KD[label_N[rows]]) for rows in _slices(len(label_N), 4096)])
+        if weights_N is not None:
+            served_N[weights_N == 0] = torch.inf
+        centroids_KD[empty] = normalize(features_ND[served_N.argsort(stable=True)[: len(empty)]], dim=1)
     return centroids_KD, len(empty)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, DataError
 from diptych.pairs.image import probe
 from diptych.pairs.ingest import ingest_all
 from diptych.pairs.sources.emoji import LICENCES, VENDORS, Config, names, read_asset, vendor_path
@@ -61,6 +61,11 @@ def test_splits_labels_and_captions(tmp_path: Path) -> None:
         ("Spross", "human"),
         ("junge pflanze, spross", "tag"),
     ]
+
+
+def test_a_copy_without_some_drawings() -> None:
+    with pytest.raises(DataError, match="not part of this copy"):
+        read_asset("emoji/apple.parquet")
 
 
 def test_wrong_configurations() -> None:

@@ -15,6 +15,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from diptych.core.config import Config as BaseConfig
+from diptych.core.errors import DataError
 from diptych.core.points import RawPair, Source
 
 Vendor = Literal["noto", "openmoji", "fluent3d", "twemoji"]
@@ -110,6 +111,15 @@ def names() -> pl.DataFrame:
 
 
 def read_asset(name: str) -> pl.DataFrame:
-    """A shipped Parquet file."""
-    with as_file(files("diptych") / "assets" / name) as path:
+    """A shipped Parquet file. Raises DataError if this copy of Diptych came without it."""
+    asset = files("diptych") / "assets" / name
+    if not asset.is_file():
+        raise DataError.at(
+            "These drawings are not part of this copy of Diptych",
+            f"assets/{name}",
+            "<no such file>",
+            "the shipped file",
+            "name other makers",
+        )
+    with as_file(asset) as path:
         return pl.read_parquet(path)

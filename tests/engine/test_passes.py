@@ -1,0 +1,150 @@
+"""Passes: the same pairs on any engine, bounded buckets, restarts that repeat only what was in flight, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import pytest
+
+from diptych.core import catalogue
+from diptych.core.config import Config
+from diptych.core.errors import DataError
+from diptych.core.points import PairMethod, Verdict
+from diptych.engine import passes
+from diptych.engine.features import FeatureSpec
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.pairs.dataset import PairDataset
+from diptych.pairs.ingest import ingest_all
+
+CHAIN: tuple[dict[str, Any], ...] = (
+    {"method": "semantic-dedup", "epsilon": 0.02, "clusters": 6},
+    {"method": "concept-pruning", "keep": 0.7, "clusters": 6},
+)
+
+
+def config(values: dict[str, Any]) -> Config:
+    return catalogue.config_class(catalogue.find(str(values["method"]))).parse(values)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+    """2,597 digits in two tables, 597 of them held out."""
+    source = config({"method": "digits", "pool": "zipf-junk", "rows": 2500, "size_px": 8})
+    return ingest_all(source.build(), tmp_path_factory.mktemp("pairs") / "ingest", version="0")  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Session]:
+    with Session(cores=2) as session:
+        yield session
+
+
+def go(pairs: PairDataset, out: Path, session: Session, configs: list[Config], name: str = "prune") -> PairDataset:
+    return passes.run(
+        pairs, configs, name, out, seed=3, session=session, scratch=out.parent / "scratch", code="c", version="0",
+        progress=Progress(quiet=True), feature_specs={"pixels": FeatureSpec(name="pixels")},
+    )  # fmt: skip
+
+
+def here() -> Session:
+    return Session(in_process=True)
+
+
+def test_a_chain_keeps_its_ledger_its_held_out_pairs_and_its_order(pairs: PairDataset, tmp_path: Path) -> None:
+    result = go(pairs, tmp_path / "out", here(), [config(values) for values in CHAIN])
+    ledger = result.manifest.ledger
+    assert ledger.pairs_in == len(pairs) == ledger.kept + sum(entry.count for entry in ledger.left)
+    assert {entry.method for entry in ledger.left} == {"semantic-dedup", "concept-pruning"}
+    assert result.scan().filter(pl.col("split") == "test").collect().height == 597
+    kept = result.read()
+    assert [name for name in kept.columns if name.startswith("_")] == []
+    train = kept.filter(pl.col("split") == "train")["key"].to_list()
+    original = pairs.read(["key"])["key"].to_list()
+    assert train == [key for key in original if key in set(train)], "pairs stay in the order they came in"
+    rejects = result.rejects()
+    assert rejects.height == sum(entry.count for entry in ledger.left)
+    assert rejects["image"].null_count() == 0
+    assert set(rejects["key"]).isdisjoint(kept["key"])
+
+
+def test_buckets_of_any_size_give_the_same_pairs(pairs: PairDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [config(values) for values in CHAIN]
+    whole = go(pairs, tmp_path / "a" / "out", here(), configs)
+    monkeypatch.setattr(passes, "BUCKET_BYTES", 1 << 20)
+    cut = go(pairs, tmp_path / "b" / "out", here(), configs)
+    assert cut.digest == whole.digest
+
+
+@pytest.mark.ray
+def test_ray_and_this_process_write_the_same_dataset(pairs: PairDataset, tmp_path: Path, ray_session: Session) -> None:
+    configs = [config(values) for values in CHAIN]
+    assert go(pairs, tmp_path / "b" / "out", ray_session, configs).digest == go(pairs, tmp_path / "a" / "out", here(), configs).digest
+
+
+@pytest.mark.ray
+def test_an_error_in_a_worker_arrives_with_its_type(pairs: PairDataset, tmp_path: Path, ray_session: Session) -> None:
+    with pytest.raises(DataError, match="lost or invented"):
+        go(pairs, tmp_path / "out", ray_session, [LoserConfig()])
+    assert not (tmp_path / "out").exists()
+
+
+class LoserConfig(Config):
+    """Builds a method that drops a pair without a word."""
+
+    method: Literal["loser"] = "loser"
+
+    def build(self, seed: int) -> PairMethod:
+        del seed
+        return Loser()
+
+
+class Loser(PairMethod):
+    """Keeps all but the last pair and rejects none."""
+
+    def apply(self, batch: pl.DataFrame, state: Any) -> Verdict:
+        del state
+        return Verdict(batch.head(-1), pl.DataFrame(schema={"key": pl.String, "reason": pl.String, "score": pl.Float32}))
+
+
+class CountingConfig(Config):
+    """Builds a method that leaves a mark a table and fails on the second table while `fuse` is there."""
+
+    method: Literal["counting"] = "counting"
+    folder: str
+
+    def build(self, seed: int) -> PairMethod:
+        del seed
+        return Counting(Path(self.folder))
+
+
+class Counting(PairMethod):
+    """Keeps everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def apply(self, batch: pl.DataFrame, state: Any) -> Verdict:
+        del state
+        marks = len(list(self.folder.glob("mark-*")))
+        (self.folder / f"mark-{marks}").touch()
+        if marks == 1 and (self.folder / "fuse").exists():
+            raise DataError.at("Injected", "test", marks, "nothing")
+        return Verdict(batch, pl.DataFrame(schema={"key": pl.String, "reason": pl.String, "score": pl.Float32}))
+
+
+def test_a_restart_repeats_only_the_table_in_flight(pairs: PairDataset, tmp_path: Path) -> None:
+    assert len(pairs.tables()) >= 2
+    counting = CountingConfig(folder=str(tmp_path))
+    (tmp_path / "fuse").touch()
+    with pytest.raises(DataError, match="Injected"):
+        go(pairs, tmp_path / "out", here(), [counting])
+    (tmp_path / "fuse").unlink()
+    result = go(pairs, tmp_path / "out", here(), [counting])
+    assert len(result) == len(pairs)
+    trains = sum(pl.read_parquet(path)["split"].eq("train").any() for path in pairs.tables())
+    assert len(list(tmp_path.glob("mark-*"))) == len(pairs.tables()) + 1 >= trains
+    assert not list((tmp_path / "scratch").iterdir()), "finished pieces are removed at the end"
