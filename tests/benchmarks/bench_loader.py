@@ -33,7 +33,25 @@ from diptych.train.loader import PairLoader
 
 PHOTOS, BATCH, SIZE, ROUNDS = 192, 64, 224, 5
 SETS = {"full": (640, 480, 2.2), "s256": (341, 256, 3.5)}
-WORDS = "a an old young red blue bright small large wooden dog cat flower temple garden roof sky in near under with beside photo of the".split()
+WORDS = (
+    "a",
+    "an",
+    "old",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "wooden",
+    "dog",
+    "flower",
+    "temple",
+    "roof",
+    "sky",
+    "under",
+    "photo",
+    "of",
+    "the",
+)
 
 
 def photographs(width: int, height: int) -> Iterator[Image.Image]:
@@ -69,7 +87,9 @@ def write_shard(path: Path, width: int, height: int) -> pl.DataFrame:
                 tar.addfile(info, io.BytesIO(data))
                 if name.endswith("jpg"):
                     image = {"shard": "s", "offset": offset, "size": len(data), "width": width, "height": height}
-            rows.append({"key": f"{index}", "image": image, "captions": [{"text": caption, "source": "alt", "score": None}], "split": "train"})
+            rows.append(
+                {"key": f"{index}", "image": image, "captions": [{"text": caption, "source": "alt", "score": None}], "split": "train"}
+            )
     return pl.DataFrame(rows, schema=PAIRS)
 
 

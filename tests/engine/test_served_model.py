@@ -101,7 +101,10 @@ def test_a_broken_picture_is_refused(served):
 
 def test_the_signature_says_what_goes_in_and_comes_out(served):
     signature = served.metadata.signature
-    assert [(column.name, column.type.name, column.required) for column in signature.inputs.inputs] == [("text", "string", False), ("image", "binary", False)]
+    assert [(column.name, column.type.name, column.required) for column in signature.inputs.inputs] == [
+        ("text", "string", False),
+        ("image", "binary", False),
+    ]
     (output,) = signature.outputs.inputs
     assert output.type == np.float32 and output.shape == (-1, 16)
 

@@ -93,11 +93,17 @@ def test_a_server_decides_on_its_artifacts(tmp_path, monkeypatch):
 
 
 def test_parameters_are_flattened_and_twins_kept_apart():
-    values = {"a": {"b": [1, 2]}, "m": [{"method": "x", "e": 1}, {"method": "x", "e": 2}, {"method": "y"}, {"method": "x", "e": 3}], "n": [[1], {"k": 2}]}
-    assert flatten(values) == {
-        "a.b": [1, 2], "m.x.method": "x", "m.x.e": 1, "m.x-2.method": "x", "m.x-2.e": 2, "m.y.method": "y", "m.x-3.method": "x", "m.x-3.e": 3,
-        "n.0": [1], "n.1.k": 2,
+    methods = [{"method": "x", "e": 1}, {"method": "x", "e": 2}, {"method": "y"}, {"method": "x", "e": {"f": 3}}]
+    assert flatten({"a": {"b": [1, 2], "none": []}, "m": methods, "n": [{"k": 2}]}) == {
+        "a.b": [1, 2], "a.none": [], "m": "x, x-2, y, x-3", "m.x.e": 1, "m.x-2.e": 2, "m.x-3.e.f": 3, "n": "0", "n.0.k": 2,
     }  # fmt: skip
+
+
+def test_parameters_look_as_in_the_workflow_file(project, tracker_of):
+    tracker = tracker_of(project)
+    tracker.params(tracker.start("r"), {"s": "text", "f": 1e-3, "b": True, "n": None, "l": ["noto", "naïve"]})
+    (event,) = [event for _, event in tracker._journal.waiting() if event["kind"] == "params"]
+    assert event["values"] == {"s": "text", "f": "0.001", "b": "true", "n": "null", "l": '["noto", "naïve"]'}
 
 
 def test_long_curves_are_thinned_and_keep_both_ends(project, tracker_of):
@@ -120,7 +126,7 @@ def test_everything_arrives(project, files, tracker_of):
     assert list((project / "runs" / ".outbox").iterdir()) == []
     run, train = contents(tracker.target.uri)
     assert run["name"] == "run" and run["status"] == train["status"] == "FINISHED"
-    assert run["params"] == {"seed": "0", "prune.semantic-dedup.method": "semantic-dedup", "prune.semantic-dedup.epsilon": "0.03", "train.lr": "0.001"}
+    assert run["params"] == {"seed": "0", "prune": "semantic-dedup", "prune.semantic-dedup.epsilon": "0.03", "train.lr": "0.001"}
     assert run["history"] == {"eval/emoji/zero-shot/acc1": [(0, 0.25)], "data/prune/kept": [(0, 9.0)]}
     assert run["files"] == [("plots/loss.svg", 6), ("report.html", 15)]
     assert run["tags"]["mlflow.note.content"].startswith("| a |") and run["tags"]["note"] == "naïve 😀"
@@ -192,7 +198,9 @@ for step in range(30):
 tracker.end(parent)
 sys.exit(tracker.close())
 """
-    drivers = [subprocess.Popen([sys.executable, "-c", code, str(root), name]) for root, name in ((project, "a"), (project, "b"), (other, "c"))]
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", code, str(root), name]) for root, name in ((project, "a"), (project, "b"), (other, "c"))
+    ]
     assert [driver.wait(120) for driver in drivers] == [0, 0, 0]
     assert [(run["name"], run["status"], len(run["history"]["train/loss"])) for run in contents(uri, "shared")] == [
         ("a", "FINISHED", 30), ("b", "FINISHED", 30), ("c", "FINISHED", 30),
@@ -274,7 +282,11 @@ def test_a_server_that_is_down_is_refused_at_once(tmp_path, tracker_of, free_por
     started = time.monotonic()
     with pytest.raises(ResourceError) as caught:
         tracker_of(tmp_path, f"http://127.0.0.1:{free_port()}").check()
-    assert "MLflow does not answer" in str(caught.value) and "Connection refused" in str(caught.value) and "start the server" in str(caught.value)
+    assert (
+        "MLflow does not answer" in str(caught.value)
+        and "Connection refused" in str(caught.value)
+        and "start the server" in str(caught.value)
+    )
     assert time.monotonic() - started < 5 and not (tmp_path / "runs").exists()
 
 

@@ -7,6 +7,7 @@ Metric names have one grammar: `data/<phase>/<what>`, `train/<what>`, `eval/<set
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import subprocess
 import threading
@@ -96,7 +97,7 @@ class Tracker:
 
     def params(self, run: str, values: Mapping[str, Any]) -> None:
         """Records parameters; nested mappings and lists become dotted names."""
-        self._add("params", run=run, values={key: str(value) for key, value in flatten(values).items()})
+        self._add("params", run=run, values={key: _plain(value) for key, value in flatten(values).items()})
 
     def metrics(self, run: str, values: Mapping[str, float], step: int = 0) -> None:
         """Records one value a name."""
@@ -255,27 +256,41 @@ def origin(folder: Path) -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": [1]}}` as `{"a.b": [1]}`; a method in a list is named by itself: `prune.semantic-dedup.epsilon`, a second by `-2`."""
+    """`{"a": {"b": [1]}}` as `{"a.b": [1]}`.
+
+    A list of methods becomes their names in order, `prune = "semantic-dedup, concept-pruning"`, with the values of each under
+    its name, `prune.semantic-dedup.epsilon`; a second one of the same name ends in `-2`.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
-            flat |= flatten(_named(value), f"{name}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
+            named = _named(value)
+            flat[name] = ", ".join(named)
+            flat |= flatten(named, f"{name}.")
         else:
             flat[name] = value
     return flat
 
 
-def _named(entries: Sequence[Any]) -> dict[str, Any]:
-    """The entries of a list under names of their own."""
-    named: dict[str, Any] = {}
+def _named(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries of a list, without their `method`, under names of their own."""
+    named: dict[str, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
-        name = str(entry.get("method", position)) if isinstance(entry, Mapping) else str(position)
-        twins = sum(known == name or (known.startswith(f"{name}-") and known.removeprefix(f"{name}-").isdigit()) for known in named)
-        named[f"{name}-{twins + 1}" if twins else name] = entry
+        method = name = str(entry.get("method", position))
+        twin = 1
+        while name in named:
+            twin += 1
+            name = f"{method}-{twin}"
+        named[name] = {key: value for key, value in entry.items() if key != "method"}
     return named
+
+
+def _plain(value: Any) -> str:
+    """A parameter's value as the workflow file would write it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def sentence(error: BaseException) -> str:

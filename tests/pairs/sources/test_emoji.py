@@ -78,3 +78,12 @@ def test_wrong_configurations() -> None:
     ):
         with pytest.raises(ConfigError):
             Config.parse({"method": "emoji", **data})
+
+
+def test_held_out_drawings_are_drawn_by_key_from_the_training_makers_alone() -> None:
+    pairs = {raw.key: raw.split for maker in ("noto", "twemoji") for raw in Config(train=("noto",), val=0.1).build().read(maker)}
+    held_out = {key for key, split in pairs.items() if split == "val"}
+    assert 130 < len(held_out) < 260
+    assert all(key.startswith("noto") for key in held_out)
+    fewer = {raw.key for raw in Config(train=("noto",), val=0.05).build().read("noto") if raw.split == "val"}
+    assert fewer < held_out, "a smaller share holds out some of the same"

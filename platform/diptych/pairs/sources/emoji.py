@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 import polars as pl
 from pydantic import Field, model_validator
 
+from diptych.core.chance import key_hash, uniform
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import RawPair, Source
@@ -21,6 +22,9 @@ from diptych.core.points import RawPair, Source
 Vendor = Literal["noto", "openmoji", "fluent3d", "twemoji"]
 Language = Literal["en", "zh", "de", "fr", "es", "ja", "ru", "hi", "pt", "ko"]
 Texts = Literal["name", "tags"]
+
+VAL_DRAW = 0x76616C
+"""Names the draw of `val`, apart from any seed: the same drawings are held out in every run."""
 
 VENDORS: tuple[Vendor, ...] = get_args(Vendor)
 LANGUAGES: tuple[Language, ...] = get_args(Language)
@@ -33,6 +37,7 @@ class Config(BaseConfig):
     method: Literal["emoji"] = "emoji"
     train: tuple[Vendor, ...] = Field(default=("noto", "openmoji", "fluent3d"), description="makers whose drawings are the split `train`")
     test: tuple[Vendor, ...] = Field(default=("twemoji",), description="makers whose drawings are the split `test`")
+    val: float = Field(default=0.0, ge=0, lt=1, description="share of the training drawings held out as the split `val`, drawn by key")
     captions: tuple[Texts, ...] = Field(
         default=("name", "tags"),
         min_length=1,
@@ -69,12 +74,17 @@ class Emoji(Source):
 
     def read(self, part: str) -> Iterator[RawPair]:
         """A maker's drawings by hexcode."""
-        split = "train" if part in self.config.train else "test"
         drawings = dict(read_asset(vendor_path(part)).iter_rows())
         for label, row in enumerate(names().iter_rows(named=True)):
             image = drawings.get(row["hexcode"])
             if image is not None:
-                yield RawPair(f"{part}-{row['hexcode']}", image, self._captions(row), _extra(part, label, row), split)
+                key = f"{part}-{row['hexcode']}"
+                yield RawPair(key, image, self._captions(row), _extra(part, label, row), self._split(part, key))
+
+    def _split(self, part: str, key: str) -> str:
+        if part not in self.config.train:
+            return "test"
+        return "val" if float(uniform(VAL_DRAW, key_hash(key))) < self.config.val else "train"
 
     def _captions(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
