@@ -74,7 +74,7 @@ class Memory:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches in turn."""
-        return iter([Batch(tensors, 0.0, 0.0) for tensors in self.ready[start:stop]])
+        yield from (Batch(tensors, 0.0, 0.0) for tensors in self.ready[start:stop])
 
 
 def ours(model: DualEncoder, batches: list[dict[str, torch.Tensor]], folder: Path) -> tuple[float, list[float]]:

@@ -88,7 +88,8 @@ class MlflowServer:
             )
         deadline = time.monotonic() + 90
         while reach.listening(self.uri, 1):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.1)
         return self
 

@@ -20,7 +20,9 @@ def kinds(journal):
 
 
 def test_looking_makes_no_folder(outbox):
-    assert outbox.behind == 0 and outbox.refused == 0 and outbox.adopt() == []
+    assert outbox.behind == 0
+    assert outbox.refused == 0
+    assert outbox.adopt() == []
     assert not outbox.folder.exists()
 
 
@@ -35,7 +37,9 @@ def test_events_come_back_in_order_and_marks_are_kept(outbox):
     assert [event["number"] for _, event in journal.waiting()] == [3, 4]
     journal._file.close()
     again = Journal.own(journal.path)
-    assert again.runs == {"r": "m"} and again.behind == 2 and outbox.behind == 2
+    assert again.runs == {"r": "m"}
+    assert again.behind == 2
+    assert outbox.behind == 2
 
 
 def test_a_journal_that_is_sent_is_deleted_and_one_that_is_not_stays(outbox):
@@ -66,15 +70,18 @@ def test_adopting_ends_what_was_left_open_once(outbox):
         (adopted,) = outbox.adopt()
         events = [event for _, event in adopted.waiting()]
         assert [event["kind"] for event in events] == ["open", "start", "start", "end", "tags", "end"]
-        assert events[4]["run"] == "a" and events[4]["values"] == DIED
-        assert events[5]["status"] == "KILLED" and events[5]["time_ms"] == events[3]["time_ms"]
+        assert events[4]["run"] == "a"
+        assert events[4]["values"] == DIED
+        assert events[5]["status"] == "KILLED"
+        assert events[5]["time_ms"] == events[3]["time_ms"]
         adopted._file.close()
 
 
 def test_an_empty_file_is_nobodys_record(outbox):
     outbox.open(TARGET)._file.close()
     next(outbox.folder.iterdir()).write_bytes(b"")
-    assert outbox.adopt() == [] and list(outbox.folder.iterdir()) == []
+    assert outbox.adopt() == []
+    assert list(outbox.folder.iterdir()) == []
 
 
 def test_a_damaged_line_is_an_event_of_its_own(outbox):
@@ -90,7 +97,8 @@ def test_what_is_refused_is_kept_with_its_reason(outbox):
     journal.refuse({"kind": "params", "run": "r", "values": {"a": "1"}}, "changed value")
     line = json.loads((outbox.folder / "refused").read_text())
     assert line == {"reason": "changed value", "target": TARGET, "kind": "params", "run": "r", "values": {"a": "1"}}
-    assert outbox.refused == 1 and outbox.behind == 1
+    assert outbox.refused == 1
+    assert outbox.behind == 1
 
 
 def test_threads_do_not_mix_lines(outbox):

@@ -106,7 +106,8 @@ def test_the_signature_says_what_goes_in_and_comes_out(served):
         ("image", "binary", False),
     ]
     (output,) = signature.outputs.inputs
-    assert output.type == np.float32 and output.shape == (-1, 16)
+    assert output.type == np.float32
+    assert output.shape == (-1, 16)
 
 
 def test_nothing_is_pickled_and_the_code_is_small(packaged):
@@ -162,10 +163,12 @@ def test_a_run_puts_its_model_into_the_registry(project, directory, tracker_of, 
     run = tracker.start("quick/train")
     tracker.model(run, directory, "quick")
     tracker.end(run)
-    assert tracker.close() == 0 and tracker.outbox.refused == 0
+    assert tracker.close() == 0
+    assert tracker.outbox.refused == 0
     client = make_client(tracker.target.uri)
     (model,), (version,) = logged(client)
-    assert str(model.status) == "READY" and model.source_run_id == version.run_id == tracker.run_id(run)
+    assert str(model.status) == "READY"
+    assert model.source_run_id == version.run_id == tracker.run_id(run)
     assert [output.model_id for output in client.get_run(tracker.run_id(run)).outputs.model_outputs] == [model.model_id]
     features = loaded(tracker.target.uri, "models:/quick/1").predict(pd.DataFrame({"text": TEXTS}))
     np.testing.assert_allclose(features, text_features(encoder, TEXTS), rtol=0, atol=1e-6)
@@ -206,7 +209,8 @@ def test_a_driver_killed_between_any_two_steps_registers_the_model_once(project,
         except KeyboardInterrupt:
             registry.register(client, experiment, run, directory, name)
         models = [model for model in client.search_logged_models([experiment]) if model.source_run_id == run]
-        assert len(models) == 1 and str(models[0].status) == "READY"
+        assert len(models) == 1
+        assert str(models[0].status) == "READY"
         assert len(client.search_model_versions(f"name = '{name}'")) == 1
         if mortal.lives > 0:
             break
@@ -222,8 +226,10 @@ def test_through_a_server(project, directory, tracker_of, mlflow_server, encoder
         run = tracker.start("quick/train")
         tracker.model(run, directory, "quick")
         tracker.end(run)
-    assert tracker.close() == 0 and tracker.outbox.refused == 0, tracker.trouble
+    assert tracker.close() == 0, tracker.trouble
+    assert tracker.outbox.refused == 0
     models, versions = logged(make_client(server.uri))
-    assert len(models) == 2 and sorted(int(version.version) for version in versions) == [1, 2]
+    assert len(models) == 2
+    assert sorted(int(version.version) for version in versions) == [1, 2]
     features = loaded(server.uri, "models:/quick/2").predict(pd.DataFrame({"text": TEXTS}))
     np.testing.assert_allclose(features, text_features(encoder, TEXTS), rtol=0, atol=1e-6)

@@ -59,8 +59,10 @@ def _run(client, run, names):
 
 
 def _files(client, run, folder=None):
-    entries = client.list_artifacts(run.info.run_id, folder)
-    return sorted(sum((_files(client, run, entry.path) if entry.is_dir else [(entry.path, entry.file_size)] for entry in entries), []))
+    found = []
+    for entry in client.list_artifacts(run.info.run_id, folder):
+        found += _files(client, run, entry.path) if entry.is_dir else [(entry.path, entry.file_size)]
+    return sorted(found)
 
 
 @pytest.fixture
@@ -112,7 +114,10 @@ def test_long_curves_are_thinned_and_keep_both_ends(project, tracker_of):
     tracker.series(run, [{"step": step, "time_ms": step, "loss": step} for step in range(12_345)], {"loss": "train/loss", "absent": "x"})
     events = [event for _, event in tracker._journal.waiting() if event["kind"] == "metrics"]
     steps = [point[3] for event in events for point in event["points"]]
-    assert steps[0] == 0 and steps[-1] == 12_344 and len(steps) <= MAX_POINTS + 1 and all(len(event["points"]) <= 1000 for event in events)
+    assert steps[0] == 0
+    assert steps[-1] == 12_344
+    assert len(steps) <= MAX_POINTS + 1
+    assert all(len(event["points"]) <= 1000 for event in events)
 
 
 # ---------------------------------------------------------------- a database
@@ -122,14 +127,17 @@ def test_everything_arrives(project, files, tracker_of):
     tracker = tracker_of(project)
     tracker.check()
     parent = record(tracker, files)
-    assert tracker.close() == 0 and tracker.trouble == ""
+    assert tracker.close() == 0
+    assert tracker.trouble == ""
     assert list((project / "runs" / ".outbox").iterdir()) == []
     run, train = contents(tracker.target.uri)
-    assert run["name"] == "run" and run["status"] == train["status"] == "FINISHED"
+    assert run["name"] == "run"
+    assert run["status"] == train["status"] == "FINISHED"
     assert run["params"] == {"seed": "0", "prune": "semantic-dedup", "prune.semantic-dedup.epsilon": "0.03", "train.lr": "0.001"}
     assert run["history"] == {"eval/emoji/zero-shot/acc1": [(0, 0.25)], "data/prune/kept": [(0, 9.0)]}
     assert run["files"] == [("plots/loss.svg", 6), ("report.html", 15)]
-    assert run["tags"]["mlflow.note.content"].startswith("| a |") and run["tags"]["note"] == "naïve 😀"
+    assert run["tags"]["mlflow.note.content"].startswith("| a |")
+    assert run["tags"]["note"] == "naïve 😀"
     assert train["tags"]["mlflow.parentRunId"] == "run"
     assert train["history"]["train/loss"] == [(step, 1 / (1 + step)) for step in range(40)]
     assert train["inputs"] == [("pairs", "a" * 36, '{"num_rows": 10}', "train")]
@@ -176,7 +184,8 @@ def test_a_killed_drivers_runs_are_completed_by_the_next_driver(project, files, 
     found = {run["name"]: run for run in contents(living.target.uri)}
     assert {name: run["status"] for name, run in found.items()} == {"dead": "KILLED", "dead/train": "KILLED", "living": "RUNNING"}
     assert found["dead/train"]["history"]["train/loss"] == [(0, 1.0), (1, 0.5)]
-    assert "later run" in found["dead"]["tags"]["diptych.ended"] and "diptych.ended" not in found["living"]["tags"]
+    assert "later run" in found["dead"]["tags"]["diptych.ended"]
+    assert "diptych.ended" not in found["living"]["tags"]
 
 
 def test_two_drivers_of_one_project_and_a_third_of_another(project, tmp_path, tracker_of):
@@ -215,9 +224,12 @@ def test_what_mlflow_refuses_for_good_does_not_hold_up_the_rest(project, tracker
     tracker.metrics(run, {"eval/set/recall@5": 0.5, "bad": math.nan})
     tracker.end(run)
     assert tracker.close() == 0
-    assert tracker.outbox.refused == 1 and "lr" in (tracker.outbox.folder / "refused").read_text()
+    assert tracker.outbox.refused == 1
+    assert "lr" in (tracker.outbox.folder / "refused").read_text()
     (found,) = contents(tracker.target.uri)
-    assert found["params"] == {"lr": "1"} and found["history"]["eval/set/recall-5"] == [(0, 0.5)] and found["status"] == "FINISHED"
+    assert found["params"] == {"lr": "1"}
+    assert found["history"]["eval/set/recall-5"] == [(0, 0.5)]
+    assert found["status"] == "FINISHED"
 
 
 def test_a_file_that_is_gone_is_named_in_the_run(project, tmp_path, tracker_of):
@@ -282,12 +294,11 @@ def test_a_server_that_is_down_is_refused_at_once(tmp_path, tracker_of, free_por
     started = time.monotonic()
     with pytest.raises(ResourceError) as caught:
         tracker_of(tmp_path, f"http://127.0.0.1:{free_port()}").check()
-    assert (
-        "MLflow does not answer" in str(caught.value)
-        and "Connection refused" in str(caught.value)
-        and "start the server" in str(caught.value)
-    )
-    assert time.monotonic() - started < 5 and not (tmp_path / "runs").exists()
+    assert "MLflow does not answer" in str(caught.value)
+    assert "Connection refused" in str(caught.value)
+    assert "start the server" in str(caught.value)
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_database_server_that_is_down_is_refused_at_once(tmp_path, tracker_of, free_port):
@@ -332,13 +343,15 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(project, files, tr
         assert time.monotonic() - started < 5, "a dead server costs a run next to nothing"
 
     record(tracker, files, pause=outage)
-    assert tracker.close() >= 10 and "does not accept connections" in tracker.trouble
+    assert tracker.close() >= 10
+    assert "does not accept connections" in tracker.trouble
 
     server.start()
     later = tracker_of(project, server.uri)
     later.check()
     assert later.flush(force=True) == 0
-    assert later.outbox.behind == 0 and later.outbox.refused == 0
+    assert later.outbox.behind == 0
+    assert later.outbox.refused == 0
     found = contents(server.uri)
     extra = found.pop()
     assert (extra["name"], extra["status"], extra["history"]) == ("seen only later", "KILLED", {"train/loss": [(0, 1.0)]})
@@ -366,12 +379,16 @@ tracker.flush(force=True)
     tracker = tracker_of(project, server.uri)
     assert tracker.flush(force=True) == 0
     (run,) = contents(server.uri)
-    assert run["status"] == "KILLED" and run["history"] == {"train/loss": [(0, 1.0)]} and len(run["inputs"]) == 1
+    assert run["status"] == "KILLED"
+    assert run["history"] == {"train/loss": [(0, 1.0)]}
+    assert len(run["inputs"]) == 1
     assert Outbox(project / "runs" / ".outbox").behind == 0
 
 
 def test_refusals_are_told_from_failures():
     from mlflow.exceptions import MlflowException
 
-    assert mlflow_events.refused(MlflowException("x", error_code=1000)) and mlflow_events.refused(KeyError("run"))
-    assert not mlflow_events.refused(MlflowException("x")) and not mlflow_events.refused(ConnectionError("x"))
+    assert mlflow_events.refused(MlflowException("x", error_code=1000))
+    assert mlflow_events.refused(KeyError("run"))
+    assert not mlflow_events.refused(MlflowException("x"))
+    assert not mlflow_events.refused(ConnectionError("x"))

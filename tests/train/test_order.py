@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_avoid_mixes_the_batches_anew_in_every_epoch() -> None:
         rows = order.batch(step).tolist()
         mates.update(frozenset((rows[0], other)) for other in rows[1:])
     assert mates.most_common(1)[0][1] <= 8
+
+
+def test_avoid_does_not_bring_the_same_values_in_neighbouring_batches() -> None:
+    label = pl.Series("label", [row // 2 for row in range(200)])
+    order = BatchOrder(200, 20, seed=0, avoid=label)
+    shared = []
+    for epoch in range(10):
+        batches = [set(label.gather(order.batch(10 * epoch + step)).to_list()) for step in range(10)]
+        shared += [len(a & b) / 20 for a, b in itertools.pairwise(batches)]
+    assert np.mean(shared) < 0.25  # chance: 1/9
 
 
 def test_nulls_are_equal_to_nothing() -> None:

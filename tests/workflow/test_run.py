@@ -80,7 +80,7 @@ def test_a_changed_training_parameter_runs_training_and_evaluation_alone(project
 
 
 def test_runs_measured_differently_are_not_compared(project: Path, done: run.Outcome) -> None:
-    other = go(project, "evaluate.benchmarks.zero-shot.templates=[a drawing of {}]")
+    other = go(project, "evaluate.benchmarks.zero-shot.templates=['a drawing of {}']")
     assert other.ran == ["evaluate"]
     with pytest.raises(DataError, match="not measured the same way"):
         compare.compare(Project(project), done.name, other.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import shutil
@@ -9,18 +10,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from diptych.core.errors import ConfigError, ResourceError
+from diptych.core.errors import ConfigError, DiptychError, ResourceError
+from diptych.engine import reach
 
 MAX_PACK_BYTES = 20 * 2**20
 SHOWN = 10
-POLL_S = 1.0
+POLL_S = 0.5
+ANSWER_S = 5.0
+RECONNECT_S = 60.0
+STOP_S = 30.0
 DEAD = ("FAILED", "STOPPED", "SUCCEEDED")
+STOPPED = 130
+FORWARDED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Job:
     """What the cluster is asked to do.
 
     `name` is derived from the resolved parameters: the same submission is the same job, and finds its own checkpoints
-    below `home`, the project's folder on the cluster (shared storage).
+    below `home`, the project's folder on the cluster (shared storage). `program` is what runs there.
     """
 
     name: str
@@ -50,13 +61,16 @@ class Job:
     overrides: tuple[str, ...]
     home: str
     tracking_uri: str | None
+    program: tuple[str, ...] = ("python", "-m", "diptych.engine.remote")
 
 
 def pack(root: Path) -> Pack:
     """Lists the project's files with git. Raises ConfigError outside a git work tree, or when the pack is too large."""
     listed = _git(root, "ls-files", "-z").split("\0")
     files = tuple((name, (root / name).stat().st_size) for name in sorted(filter(None, listed)) if (root / name).is_file())
-    untracked = tuple(name for name in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0") if name.endswith((".py", ".yaml")))
+    untracked = tuple(
+        name for name in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0") if name.endswith((".py", ".yaml"))
+    )
     found = Pack(root, files, untracked)
     if found.size_bytes > MAX_PACK_BYTES:
         largest = "; ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in largest_files(found))
@@ -101,97 +115,179 @@ def _copied(found: Pack) -> Iterator[Path]:
 
 
 def client(address: str) -> Any:
-    """Ray's job client. Raises ResourceError when the cluster does not answer."""
+    """Ray's job client. Raises ResourceError within seconds when the cluster does not answer, or not as Ray does."""
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise ConfigError.at(
+            "Not the address of a dashboard", "--address", address, "http://HOST:8265", "ray:// and HOST:6379 are for `diptych run`"
+        )
+    if wrong := reach.listening(address) or _silent(address):
+        raise _no_cluster(address, wrong)
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # git has chosen the files already; some may be tracked and ignored
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except Exception as error:
-        hint = "export RAY_AUTH_MODE=token where the cluster asks for a token" if "401" in str(error) or "auth" in str(error).lower() else "is the dashboard on, and the port open?"
-        raise ResourceError.at("The cluster does not answer", address, str(error).split("\n", 1)[0][:200], "a Ray dashboard, e.g. http://head:8265", hint) from error
+        raise _no_cluster(address, str(error).split("\n", 1)[0]) from error
+
+
+def _silent(address: str) -> str:
+    """The empty string when somebody answers HTTP at the address in time; Ray's own client would wait for ever."""
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()  # noqa: S310 - http or https, checked
+    except urllib.error.HTTPError:
+        return ""  # an answer, if only that a token is missing: Ray's client words it better
+    except OSError as error:
+        return f"no answer within {ANSWER_S:.0f} s ({error})"
+    return ""
+
+
+def _no_cluster(address: str, wrong: str) -> DiptychError:
+    closed = "401" in wrong or "auth" in wrong.lower()
+    fix = (
+        "export RAY_AUTH_MODE=token where the cluster asks for a token"
+        if closed
+        else "start the cluster with its dashboard, and forward the port"
+    )
+    return ResourceError.at("The cluster does not answer", address, wrong, "a Ray dashboard, e.g. http://head:8265", fix)
 
 
 def describe_cluster(address: str) -> str:
     """The cluster's version and jobs in a line."""
     found = client(address)
-    return f"Ray {found.get_version()}, {len(found.list_jobs())} jobs"
+    running = sum(entry.status not in DEAD for entry in found.list_jobs())
+    return f"Ray {found.get_version()}, {running} jobs running"
 
 
 def submit(job: Job, found: Pack, address: str, *, follow: bool) -> int:
-    """Submits and follows the log to the end; gives the job's exit code: 0, 1 when it failed, 130 when it was stopped.
+    """Submits and follows the log to the end; gives the exit code of the run, 130 when it was stopped.
 
     A job of the same name that still runs is joined, not started twice.
     """
     jobs = client(address)
-    running = next((entry.submission_id for entry in jobs.list_jobs() if _ours(entry, job) and entry.status not in DEAD), None)
-    if running:
-        sys.stdout.write(f"joined {running}: the same workflow with the same settings is running\n")
-        name = str(running)
-    else:
+    running, past = _known(jobs, job)
+    if running is None:
+        name = f"{job.name}-{past + 1}"
         with _copied(found) as folder:
-            name = jobs.submit_job(
-                entrypoint=entrypoint(job), submission_id=f"{job.name}-{int(time.time())}", runtime_env={"working_dir": str(folder), "env_vars": environment()},
-                metadata={"diptych": job.name},
-            )  # fmt: skip
-        sys.stdout.write(f"submitted {name}\n")
+            try:
+                jobs.submit_job(entrypoint=entrypoint(job), submission_id=name, metadata={"diptych": job.name},
+                                runtime_env={"working_dir": str(folder), "env_vars": environment()})  # fmt: skip
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise _refused(address, error) from error
+                running = name  # somebody else's submission of the same job was quicker
+        if running is None:
+            sys.stdout.write(f"submitted {name}; its outputs go to {job.home} on the cluster\n")
+    if running:
+        name = running
+        sys.stdout.write(f"joined {name}: the same workflow with the same settings is running\n")
     if not follow:
-        sys.stdout.write(f"follow it with: diptych submit … again, or ray job logs --address {address} --follow {name}\n")
+        sys.stdout.write(f"follow it with the same command, or: ray job logs --address {address} --follow {name}\n")
         return 0
-    return _follow(jobs, name)
+    return _follow(jobs, name, address)
 
 
-def _ours(entry: Any, job: Job) -> bool:
-    return bool(entry.metadata and entry.metadata.get("diptych") == job.name)
+def _known(jobs: Any, job: Job) -> tuple[str | None, int]:
+    """The submission of this job that is running, if any, and how many there have been."""
+    ours = [entry for entry in jobs.list_jobs() if entry.metadata and entry.metadata.get("diptych") == job.name]
+    return next((entry.submission_id for entry in ours if entry.status not in DEAD), None), len(ours)
+
+
+def _refused(address: str, error: Exception) -> DiptychError:
+    return ResourceError.at(
+        "The cluster did not take the job", address, str(error).split("\n", 1)[0], "a submission", "see the dashboard's log"
+    )
 
 
 def entrypoint(job: Job) -> str:
     """The command on the cluster. Outputs go to the project's folder there, never to the job's scratch folder."""
-    words = ["python", "-m", "diptych.engine.remote", "--home", job.home, job.workflow, *job.overrides]
+    words = [*job.program, "--home", job.home]
     if job.tracking_uri:
         words += ["--tracking-uri", job.tracking_uri]
-    return shlex.join(words)
+    return shlex.join([*words, job.workflow, *job.overrides])
 
 
 def environment() -> dict[str, str]:
-    """Environment variables of the job: the packed code first on the path, Ray's uv hook off."""
-    variables = {"PYTHONPATH": "platform", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
-        if name in os.environ:
-            variables[name] = os.environ[name]
+    """Environment variables of the job: the packed code first on the path, Ray's uv hook off, where services are.
+
+    Secrets do not travel, for the dashboard shows these variables: the cluster has its own. Nor does an address on this machine.
+    """
+    variables = {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    for name in FORWARDED:
+        value = os.environ.get(name)
+        if value and urlsplit(value).hostname not in LOOPBACK and not urlsplit(value).password:
+            variables[name] = value
     return variables
 
 
-def _follow(jobs: Any, name: str) -> int:
-    seen = 0
+def _follow(jobs: Any, name: str, address: str) -> int:
+    """Prints the log as it comes, through lost connections, until the job is over; gives its exit code."""
+    log = _Log(jobs, name)
+    last_answer = time.monotonic()
     try:
         while True:
-            status = str(jobs.get_job_status(name).value)
-            log = jobs.get_job_logs(name)
-            sys.stdout.write(log[seen:])
-            sys.stdout.flush()
-            seen = len(log)
-            if status in DEAD:
-                sys.stdout.write(f"\n{name}: {status.lower()}\n")
-                return {"SUCCEEDED": 0, "STOPPED": 130}.get(status, 1)
+            try:
+                asyncio.run(log.tail())
+                info = jobs.get_job_info(name)
+                last_answer = time.monotonic()
+                if info.status in DEAD:
+                    break
+            except (RuntimeError, OSError) as error:  # aiohttp's, requests' and Ray's errors are all of these
+                if time.monotonic() - last_answer > RECONNECT_S:
+                    raise ResourceError.at("The cluster stopped answering", address, str(error).split("\n", 1)[0], "the job's log",
+                                           f"{name} may still run; the same command joins it") from error  # fmt: skip
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        return _leave(jobs, name)
+        return _leave(jobs, name, log)
+    return _verdict(info, name)
 
 
-def _leave(jobs: Any, name: str) -> int:
+class _Log:
+    """A job's log on its way to the terminal; a tail that starts anew repeats nothing."""
+
+    def __init__(self, jobs: Any, name: str) -> None:
+        self.jobs, self.name = jobs, name
+        self.shown = 0
+
+    async def tail(self) -> None:
+        """Prints what comes until the job is over or the connection is lost."""
+        position = 0
+        async for text in self.jobs.tail_job_logs(self.name):
+            fresh = text[max(0, self.shown - position) :]
+            position += len(text)
+            if fresh:
+                sys.stdout.write(fresh)
+                sys.stdout.flush()
+                self.shown = position
+
+
+def _verdict(info: Any, name: str) -> int:
+    sys.stdout.write(f"\n{name}: {str(info.status.value).lower()}\n")
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        return STOPPED
+    if not info.driver_exit_code:
+        sys.stdout.write(f"{info.message}\n")  # it never started, or was lost with its machine
+    return int(info.driver_exit_code or 1)
+
+
+def _leave(jobs: Any, name: str, log: _Log) -> int:
     """Ctrl-C: asks whether to stop the job or leave it running. Without a terminal to ask in, the job runs on."""
     answer = ""
     if sys.stdin.isatty():
         sys.stdout.write(f"\n{name} still runs. Stop it? [y/N] ")
         sys.stdout.flush()
-        try:
+        with suppress(KeyboardInterrupt):
             answer = sys.stdin.readline().strip().lower()
-        except KeyboardInterrupt:
-            answer = ""
-    if answer in ("y", "yes"):
-        jobs.stop_job(name)
-        sys.stdout.write("stopped\n")
-        return 130
-    sys.stdout.write("detached; the same submit joins it again\n")
-    return 0
+    if answer not in ("y", "yes"):
+        sys.stdout.write(f"\nleft {name} running; the same command joins it again\n")
+        return 0
+    jobs.stop_job(name)
+    deadline = time.monotonic() + STOP_S
+    while jobs.get_job_info(name).status not in DEAD and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    with suppress(RuntimeError, OSError):
+        asyncio.run(log.tail())
+    return _verdict(jobs.get_job_info(name), name)

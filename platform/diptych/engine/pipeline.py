@@ -94,11 +94,6 @@ class Pipeline:
                 return False
             return not stage.changed_outs() if hasattr(stage, "changed_outs") else not stage.changed()
 
-    def unprotect_outputs(self, phase: str) -> None:
-        """Removes a stage's outputs before it runs, as DVC would."""
-        with self._inside():
-            self._stages[phase].remove_outs(ignore_remove=False, force=False)
-
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """In the project's folder, since DVC resolves paths against the current one, and without DVC's own lines."""

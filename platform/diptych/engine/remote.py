@@ -1,48 +1,89 @@
-"""The entry of a submitted job: runs the packed workflow with its outputs in the project's folder on the cluster.
+"""The entry of a submitted job: lays the packed project into its folder on the cluster and runs the workflow there.
 
-    python -m diptych.engine.remote --home /shared/project workflows/quickstart.yaml train.epochs=5
+python -m diptych.engine.remote --home /shared/project workflows/quickstart.yaml train.epochs=5
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from diptych.core.errors import ResourceError
+
+PARTS = ("platform", "workflows", "dvc.yaml", ".dvc/config", ".dvcignore")
+WITHOUT_GIT = "[core]\n    no_scm = true\n"
 
 
 def prepare(pack: Path, home: Path) -> None:
-    """Lays the packed project's files into `home`. A folder with `.git` is somebody's clone, and is left as it is."""
+    """Lays the packed project's files into `home`, in place of those of the submission before; what was computed there stays.
+
+    A folder with `.git` is somebody's clone, and is left as it is. Raises ResourceError when `home` cannot be written.
+    """
     if (home / ".git").exists():
         return
-    home.mkdir(parents=True, exist_ok=True)
-    for name in ("dvc.yaml", "workflows", ".dvc", ".dvcignore", "platform"):
-        source, target = pack / name, home / name
-        if not source.exists():
-            continue
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            shutil.copy2(source, target)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        for name in PARTS:
+            _replace(pack / name, home / name)
+        (home / ".dvc").mkdir(exist_ok=True)
+        (home / ".dvc" / "config.local").write_text(WITHOUT_GIT)
+    except OSError as error:
+        raise ResourceError.at("The project's folder on the cluster cannot be written", home, error.strerror or str(error),
+                               "a shared folder that the job's user may write", "diptych submit … --root /shared/project") from error  # fmt: skip
 
 
-def main() -> int:
-    """Runs the job."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, help="absolute folder for outputs")
+def _replace(source: Path, target: Path) -> None:
+    """A copy of a file or a folder, without what the target held beside: a module deleted since would count as code."""
+    if not source.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy2(source, target)
+
+
+def lock(home: Path) -> int:
+    """The lock of a project's folder, as a file descriptor; waits, and says so, while another job works there."""
+    descriptor = os.open(home / ".diptych-job", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.stdout.write(f"another job works in {home}; waiting for it to end\n")
+        sys.stdout.flush()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def command(options: argparse.Namespace) -> list[str]:
+    """The command line that the job becomes."""
+    words = [sys.executable, "-m", "diptych.cli.main", "run", str(options.home / options.workflow), *options.overrides, "--address", "auto"]
+    return words + (["--tracking-uri", options.tracking_uri] if options.tracking_uri else [])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepares the folder, then becomes the run: its exit code and its signals are the job's. The lock goes with the process."""
+    parser = argparse.ArgumentParser(description="Runs a packed workflow with its outputs in a folder of the cluster.")
+    parser.add_argument("--home", type=Path, required=True, help="absolute folder for outputs, shared by all machines")
     parser.add_argument("--tracking-uri")
     parser.add_argument("workflow")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    prepare(Path.cwd(), options.home)
-    arguments = ["run", str(options.home / options.workflow), *options.overrides, "--address", "auto"]
-    if options.tracking_uri:
-        arguments += ["--tracking-uri", options.tracking_uri]
-    from importlib import import_module
-
-    # The command line is a floor above; the job enters it as a user would.
-    code: int = import_module("diptych.cli.main").main(arguments)
-    return code
+    options = parser.parse_args(arguments)
+    try:
+        if not (options.home / ".git").exists():
+            options.home.mkdir(parents=True, exist_ok=True)
+        os.set_inheritable(lock(options.home), True)
+        prepare(Path.cwd(), options.home)
+    except (ResourceError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return ResourceError.exit_code
+    os.execv(sys.executable, command(options))  # noqa: S606 - our own program, no shell
 
 
 if __name__ == "__main__":

@@ -72,12 +72,12 @@ def spherical_kmeans(
     objectives: list[float] = []
     reseeded = 0
     for _ in range(iterations):
-        label_N = _label(features_ND, centroids_KD, screen, block_values)
+        label_N, score_N = _label(features_ND, centroids_KD, screen, block_values)
         sum_KD = _member_sums(features_ND, label_N, weights_N, k)
         objectives.append(float((sum_KD.double() * centroids_KD).sum()) / total)
         if len(objectives) > 1 and objectives[-1] - objectives[-2] <= tolerance:
             break
-        centroids_KD, empty = _update(features_ND, label_N, weights_N, sum_KD, centroids_KD)
+        centroids_KD, empty = _update(features_ND, label_N, score_N, weights_N, sum_KD, centroids_KD)
         reseeded += empty
     return Clustering(centroids_KD, tuple(objectives), reseeded)
 
@@ -88,7 +88,7 @@ def assign(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: 
     The result for a row depends on that row and the centroids alone, not on the batch around it; the first of equal centroids
     wins. Rows and centroids are finite float32 of norm at most 1. Memory: `8 * block_values` bytes.
     """
-    label_N = _label(features_ND, centroids_KD, torch.float32, block_values)
+    label_N, _ = _label(features_ND, centroids_KD, torch.float32, block_values)
     similarity_N = torch.empty(len(features_ND), dtype=torch.float32, device=features_ND.device)
     for rows in _slices(len(features_ND), max(1, block_values // features_ND.shape[1] // 4)):
         similarity_N[rows] = dot(features_ND[rows], centroids_KD[label_N[rows]])
@@ -119,30 +119,34 @@ def _dot64(left_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
     return (left_ND.double() * right_ND).sum(dim=1)
 
 
-def _label(features_ND: torch.Tensor, centroids_KD: torch.Tensor, screen: torch.dtype, block_values: int) -> torch.Tensor:
-    """Index of the nearest centroid, int64 `[N]`: scores in the type `screen`, then float64 wherever those leave a doubt."""
+def _label(
+    features_ND: torch.Tensor, centroids_KD: torch.Tensor, screen: torch.dtype, block_values: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the nearest centroid, int64 `[N]`, settled by float64 wherever the screen leaves a doubt; and the screen's score of it."""
     k = len(centroids_KD)
     table_KD = pad(centroids_KD, (0, 0, 0, -k % LANES)).to(screen)
     block = max(1, min(block_values // len(table_KD), len(features_ND)))
     buffer_BK = torch.empty(block, len(table_KD), dtype=screen, device=features_ND.device)
     label_N = torch.empty(len(features_ND), dtype=torch.int64, device=features_ND.device)
+    score_N = torch.empty(len(features_ND), dtype=torch.float32, device=features_ND.device)
     for rows in _slices(len(features_ND), block):
         block_BD = features_ND[rows]
         scores_BK = torch.mm(block_BD.to(screen), table_KD.t(), out=buffer_BK[: len(block_BD)])
         scores_BK[:, k:] = -torch.inf
-        label_N[rows] = _settle(block_BD, centroids_KD, *_rivals(scores_BK, features_ND.shape[1]))
-    return label_N
+        score_N[rows], *rivals = _rivals(scores_BK, features_ND.shape[1])
+        label_N[rows] = _settle(block_BD, centroids_KD, *rivals)
+    return label_N, score_N
 
 
-def _rivals(scores_BK: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column `[Q]` of every score that rounding cannot tell from the best of its row; at least one a row."""
+def _rivals(scores_BK: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best score of every row `[B]`, and row and column `[Q]` of all that rounding cannot tell from it."""
     grid_BML = scores_BK.view(len(scores_BK), -1, LANES)
     top_BL = grid_BML.amax(dim=1)
     best_B = top_BL.amax(dim=1).float()
     bar_B = best_B - _slack(best_B, scores_BK.dtype, width)
     row_P, lane_P = (top_BL >= bar_B[:, None]).nonzero(as_tuple=True)
     pair_Q, place_Q = (grid_BML[row_P, :, lane_P] >= bar_B[row_P, None]).nonzero(as_tuple=True)
-    return row_P[pair_Q], place_Q * LANES + lane_P[pair_Q]
+    return best_B, row_P[pair_Q], place_Q * LANES + lane_P[pair_Q]
 
 
 def _slack(best_B: torch.Tensor, screen: torch.dtype, width: int) -> torch.Tensor:
@@ -177,7 +181,12 @@ def _member_sums(features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: to
 
 
 def _update(
-    features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: torch.Tensor | None, sum_KD: torch.Tensor, previous_KD: torch.Tensor
+    features_ND: torch.Tensor,
+    label_N: torch.Tensor,
+    score_N: torch.Tensor,
+    weights_N: torch.Tensor | None,
+    sum_KD: torch.Tensor,
+    previous_KD: torch.Tensor,
 ) -> tuple[torch.Tensor, int]:
     """Normalised member sums, and how many clusters had no member and were reseeded."""
     # Members that cancel out leave no direction: such a cluster keeps the one it had.
@@ -185,8 +194,6 @@ def _update(
     counted_N = label_N if weights_N is None else label_N[weights_N > 0]
     empty = (counted_N.bincount(minlength=len(previous_KD)) == 0).nonzero().squeeze(1)
     if len(empty):
-        served_N = torch.cat([dot(features_ND[rows], previous_KD[label_N[rows]]) for rows in _slices(len(label_N), 4096)])
-        if weights_N is not None:
-            served_N[weights_N == 0] = torch.inf
+        served_N = score_N if weights_N is None else score_N.masked_fill(weights_N == 0, torch.inf)
         centroids_KD[empty] = normalize(features_ND[served_N.argsort(stable=True)[: len(empty)]], dim=1)
     return centroids_KD, len(empty)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,7 +112,7 @@ class PairLoader:
         """Full global batches in an epoch."""
         return self.order.steps_per_epoch
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of the steps in [start, stop), counted over all epochs; read ahead by `loader_workers` threads."""
         workers = self.config.loader_workers
         if workers == 0:

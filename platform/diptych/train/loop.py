@@ -115,6 +115,7 @@ def fit(run: Run, state: TrainState) -> Record:
                 if run.rank == 0:
                     run.checkpoints.save(state)
                 saved_at = time.monotonic()
+    batches.close()  # ends its threads
     return record
 
 

@@ -277,7 +277,7 @@ def set_value(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
     *way, last = parts
     for part in way:
         step = _step(node, part, where)
-        if isinstance(node, dict) and not isinstance(node.get(step), dict | list):
+        if isinstance(node, dict) and node.get(step) is None:
             node[step] = {}
         node = node[step]
     node[_step(node, last, where)] = value

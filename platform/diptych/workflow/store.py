@@ -137,7 +137,7 @@ class KeyedStore(Store):
             if data["key"] == wanted and folder.exists() and identity.of_output(folder) == data["output"]:
                 self._found[phase] = folder
                 return StageState(phase, ())
-        return StageState(phase, tuple(self._why(phase)))
+        return StageState(phase, tuple(self._why(phase)) or (f"its input {' or '.join(identity.INPUTS[phase])} changed",))
 
     def _why(self, phase: str) -> Iterator[str]:
         base = self.project.runs / self.workflow.name / ".records" / f"{phase}.json"
