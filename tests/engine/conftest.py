@@ -6,9 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 
 from diptych.engine import reach
@@ -113,3 +117,54 @@ def mlflow_server(project, free_port):
     yield start
     for server in made:
         server.kill()
+
+
+class RayCluster:
+    """A real `ray start --head` with its dashboard, in a temporary folder and on ports of its own."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="dr"))  # a short name: Ray's sockets lie below it
+        self.address = f"http://127.0.0.1:{self._start()}"
+
+    def _start(self):
+        options = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "ray-client-server-port", "runtime-env-agent-port", "node-manager-port", "object-manager-port"]  # fmt: skip
+        ports = {option: _free_port() for option in options}
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]  # fmt: skip
+        command += [f"--temp-dir={self.folder}", "--object-store-memory=100000000", "--include-dashboard=true", *(f"--{option}={port}" for option, port in ports.items())]  # fmt: skip
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PATH": path}
+        with (self.folder / "start.log").open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **quiet}, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not self._up(f"http://127.0.0.1:{ports['dashboard-port']}"):
+            assert self.process.poll() is None, (self.folder / "start.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (self.folder / "start.log").read_text()[-3000:]
+            time.sleep(0.3)
+        return ports["dashboard-port"]
+
+    @staticmethod
+    def _up(address):
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self):
+        """Ends what this object started, found by descent and by its folder, and nothing else."""
+        ours = {self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))}
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self.folder) in " ".join(process.info["cmdline"] or []):
+                ours.add(process.pid)
+        for pid in ours:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    started = RayCluster()
+    yield started
+    started.stop()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
@@ -230,3 +231,25 @@ def test_configuration_round_trips():
     config = Config.parse({"templates": ["a {}"], "topk": [1, 3]})
     assert config.templates == ("a {}",)
     assert Config.parse(config.plain()) == config
+
+
+def test_the_worst_class_is_reported_where_every_class_can_be_judged():
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1], [20, 12])
+    pairs = pl.DataFrame({"key": [f"k{i}" for i in range(32)], "label": label, "label_name": np.array(["cat", "dog"])[label], "split": "test"})
+    right = np.where(label == 0, 1.0, rng.permuted(np.arange(32) % 2))
+
+    class Fixed:
+        logit_scale = 1.0
+
+        def images(self, rows):
+            own = np.eye(2, dtype=np.float32)[label]
+            return np.where(right[:, None] > 0, own, 1 - own).astype(np.float32)
+
+        def texts(self, texts):
+            return np.stack([np.eye(2, dtype=np.float32)[0 if "cat" in text else 1] for text in texts])
+
+    rows = by_metric(Config(templates=("{}",), task="again").build().run(Fixed(), pairs, "s", 0))
+    assert rows["worst_class"].value == pytest.approx(right[label == 1].mean())
+    assert rows["worst_class"].n == 12
+    assert {row.task for row in rows.values()} == {"again"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def submit(options: argparse.Namespace) -> int:
-    """`diptych submit W --address …`."""
+    """`diptych submit W --address …`: the exit code of the run there."""
     from diptych.cli.experiments import load
     from diptych.engine import jobs
     from diptych.workflow.project import Project
@@ -16,29 +16,26 @@ def submit(options: argparse.Namespace) -> int:
     workflow = load(options)  # a mistake is refused here, not on the cluster
     project = Project.find(Path.cwd())
     pack = jobs.pack(project.root)
+    path = pack.name_of(workflow.path)
     sys.stdout.write(jobs.describe(pack) + "\n")
     if options.dry_run:
         return 0
-    path = workflow.path.relative_to(project.root).as_posix()
-    job = jobs.Job(
-        f"{workflow.name}-{workflow.digest.removeprefix('sha256:')[:8]}",
-        path,
-        workflow.overrides,
-        options.root or str(project.root),
-        options.tracking_uri,
-    )
+    name = f"{workflow.name}-{workflow.digest.removeprefix('sha256:')[:8]}"
+    job = jobs.Job(name, path, workflow.overrides, options.root or str(project.root), options.tracking_uri)
     return jobs.submit(job, pack, options.address, follow=not options.detach)
 
 
 def ui(options: argparse.Namespace) -> int:
     """`diptych ui`."""
-    from diptych.engine import tracking
+    from diptych.engine import pages
+    from diptych.engine.tracking import Target
     from diptych.workflow.project import Project
 
-    project = Project.find(Path.cwd())
-    target = tracking.Target.local(project.root, "diptych", options.tracking_uri)
-    sys.stdout.write(f"MLflow on {target.uri}\n  http://{options.host}:{options.port}   (Ctrl-C ends it)\n")
-    return tracking.serve(target, options.host, options.port)
+    target = Target.local(Project.find(Path.cwd()).root, "diptych", options.tracking_uri)
+    pages.check(target, options.host, options.port)
+    sys.stdout.write(f"MLflow on {target.shown}\n  {pages.address(options.host, options.port)}   (Ctrl-C ends it)\n")
+    sys.stdout.flush()
+    return pages.serve(target, options.host, options.port)
 
 
 def doctor(options: argparse.Namespace) -> int:

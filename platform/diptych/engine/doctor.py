@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diptych.core.errors import DiptychError
 
 MIN_MEMORY_BYTES = 4 * 2**30
 MIN_DISK_BYTES = 5 * 2**30
+SERVICE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def examine(folder: Path, tracking_uri: str | None, address: str | None) -> list
         try:
             found.append(check())
         except Exception as error:
-            found.append(Check(name, "mend", f"could not be checked: {error}"))
+            found.append(Check(name, "mend", f"could not be checked: {type(error).__name__}: {error}".split("\n", 1)[0]))
     return found
 
 
@@ -61,7 +63,12 @@ def _cores() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
     busy = load > cores
-    return Check("cores", "note" if busy else "ok", f"{cores}, load {load:.1f}", "others use this machine: times will be longer than planned" if busy else "")
+    return Check(
+        "cores",
+        "note" if busy else "ok",
+        f"{cores}, load {load:.1f}",
+        "others use this machine: times will be longer than planned" if busy else "",
+    )
 
 
 def _memory() -> Check:
@@ -70,7 +77,12 @@ def _memory() -> Check:
     memory = psutil.virtual_memory()
     enough = memory.available >= MIN_MEMORY_BYTES
     text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    return Check("memory", "ok" if enough else "mend", text, "" if enough else "close other programs, or lower train.batch_size and train.cache_bytes")
+    return Check(
+        "memory",
+        "ok" if enough else "mend",
+        text,
+        "" if enough else "close other programs, or lower train.batch_size and train.cache_bytes",
+    )
 
 
 def _shared_memory() -> Check:
@@ -86,7 +98,12 @@ def _shared_memory() -> Check:
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     enough = free >= MIN_DISK_BYTES
-    return Check("disk", "ok" if enough else "mend", f"{free / 2**30:.1f} GiB free in {folder}", "" if enough else "free some space: runs/.cache can always go, `dvc gc -w` too")
+    return Check(
+        "disk",
+        "ok" if enough else "mend",
+        f"{free / 2**30:.1f} GiB free in {folder}",
+        "" if enough else "free some space: runs/.cache can always go, `dvc gc -w` too",
+    )
 
 
 def _gpu() -> Check:
@@ -115,7 +132,9 @@ def _ray() -> Check:
             ray = session.ray()
             answer = ray.get(ray.remote(_answer).remote())
     except DiptychError as error:
-        return Check("ray", "mend", error.problems[0].got if error.problems else error.headline, "see the log below /tmp/ray/session_latest/logs")
+        return Check(
+            "ray", "mend", error.problems[0].got if error.problems else error.headline, "see the log below /tmp/ray/session_latest/logs"
+        )
     return Check("ray", "ok" if answer == 42 else "mend", f"{ray.__version__}, a task ran")
 
 
@@ -129,11 +148,35 @@ def _dvc(folder: Path) -> Check:
     from dvc.repo import Repo
 
     try:
-        repo = Repo(str(folder))
-        stages = len(repo.index.stages)
+        with Repo(str(folder)) as repo:
+            stages = len(repo.index.stages)
+            remote = repo.config["core"].get("remote")
+            wrong = _in_time(lambda: _remote(repo, remote), SERVICE_S) if remote else ""
     except DvcException as error:
         return Check("dvc", "mend", str(error), "work in a clone of the repository, or run `dvc init` and copy dvc.yaml")
-    return Check("dvc", "ok", f"{dvc.__version__}, {stages} stages")
+    found = f"{dvc.__version__}, {stages} stages"
+    if wrong:
+        return Check("dvc", "mend", f"{found}; remote {remote!r}: {wrong}", "dvc remote list; see its credentials and network")
+    return Check("dvc", "ok", found + (f", remote {remote!r} answers" if remote else ", no remote: data versions stay on this machine"))
+
+
+def _remote(repo: Any, name: str) -> str:
+    """The empty string when DVC's remote can be listed; else what is wrong."""
+    storage = repo.cloud.get_remote_odb(name)
+    try:
+        next(iter(storage.fs.find(storage.path)), None) if storage.fs.exists(storage.path) else None
+    except Exception as error:  # each kind of storage has its own
+        return f"{type(error).__name__}: {error}"[:200]
+    return ""
+
+
+def _in_time(check: Callable[[], str], limit_s: float) -> str:
+    """What a check says, or that it has not answered in time; its thread is left behind then."""
+    answer: list[str] = []
+    thread = threading.Thread(target=lambda: answer.append(check()), daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return answer[0] if answer else f"no answer within {limit_s:.0f} s"
 
 
 def _mlflow(folder: Path, uri: str | None) -> Check:
@@ -142,25 +185,40 @@ def _mlflow(folder: Path, uri: str | None) -> Check:
     from diptych.engine.outbox import Outbox
     from diptych.engine.tracking import Target, Tracker
 
-    outbox = Outbox(folder / "runs" / ".outbox") if (folder / "runs").is_dir() else None
     target = Target.local(folder, "diptych", uri)
-    if target.uri.startswith("sqlite") and not (folder / "mlflow.db").exists():
+    if target.uri.startswith("sqlite") and not Path(target.uri.removeprefix("sqlite:///")).exists():
         return Check("mlflow", "ok", f"{mlflow.__version__}, {target.uri} will be made by the first run")
+    outboxes = [Outbox(path) for path in sorted((folder / "runs").glob(".outbox*"))]
     try:
-        Tracker(target, outbox or Outbox(folder / "runs" / ".outbox")).check()
+        Tracker(target, Outbox(folder / "runs" / ".outbox")).check()
     except DiptychError as error:
-        return Check("mlflow", "mend", f"{target.uri}: {error.problems[0].got}", error.problems[0].fix)
-    waiting = outbox.behind if outbox else 0
-    return Check("mlflow", "note" if waiting else "ok", f"{mlflow.__version__}, {target.uri}" + (f", {waiting} events wait to be sent" if waiting else ""))
+        return Check("mlflow", "mend", f"{target.shown}: {error.problems[0].got}", error.problems[0].fix)
+    waiting, refused = sum(outbox.behind for outbox in outboxes), sum(outbox.refused for outbox in outboxes)
+    found = f"{mlflow.__version__}, {target.shown}"
+    if refused:
+        return Check(
+            "mlflow",
+            "note",
+            f"{found}; {refused} events were refused",
+            "the reasons are in runs/.outbox*/refused; delete the file when read",
+        )
+    if waiting:
+        return Check("mlflow", "note", f"{found}; {waiting} events wait to be sent", "the next run sends them")
+    return Check("mlflow", "ok", found)
 
 
 def _cluster(address: str) -> Check:
+    import ray
+
     from diptych.engine import jobs
 
     try:
-        return Check("cluster", "ok", jobs.describe_cluster(address))
+        version, found = jobs.describe_cluster(address)
     except DiptychError as error:
         return Check("cluster", "mend", error.problems[0].got, error.problems[0].fix)
+    if version != ray.__version__:
+        return Check("cluster", "note", found, f"this machine has Ray {ray.__version__}; run the image of infra/Dockerfile there")
+    return Check("cluster", "ok", found)
 
 
 def text(found: list[Check]) -> str:

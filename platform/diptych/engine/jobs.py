@@ -47,6 +47,15 @@ class Pack:
         """Their size together."""
         return sum(size for _, size in self.files)
 
+    def name_of(self, path: Path) -> str:
+        """A file's name in the pack. Raises ConfigError for one that stays behind."""
+        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        if name not in dict(self.files):
+            raise ConfigError.at(
+                "The file does not travel", path, "git does not list it", f"a file in git below {self.root}", f"git add {name}"
+            )
+        return name
+
 
 @dataclass(frozen=True)
 class Job:
@@ -153,11 +162,12 @@ def _no_cluster(address: str, wrong: str) -> DiptychError:
     return ResourceError.at("The cluster does not answer", address, wrong, "a Ray dashboard, e.g. http://head:8265", fix)
 
 
-def describe_cluster(address: str) -> str:
-    """The cluster's version and jobs in a line."""
+def describe_cluster(address: str) -> tuple[str, str]:
+    """The cluster's Ray version, and how many of its jobs run, in words."""
     found = client(address)
     running = sum(entry.status not in DEAD for entry in found.list_jobs())
-    return f"Ray {found.get_version()}, {running} jobs running"
+    version = str(getattr(found, "_server_ray_version", "") or "of unknown version")  # get_version gives the version of the protocol
+    return version, f"Ray {version}, {running} jobs running"
 
 
 def submit(job: Job, found: Pack, address: str, *, follow: bool) -> int:

@@ -16,16 +16,24 @@ STOP_S = 10.0
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
-def serve(target: Target, host: str, port: int) -> int:
-    """Runs MLflow's pages on a database until Ctrl-C; gives the exit code.
+def address(host: str, port: int) -> str:
+    """What to open: MLflow's pages for training, without those for language-model applications."""
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{shown}:{port}/#/experiments?workflowType=machine_learning"
 
-    Raises ResourceError when the port is taken, ConfigError when `target` is a server, which has pages of its own.
-    """
+
+def check(target: Target, host: str, port: int) -> None:
+    """Raises ResourceError when the port is taken, ConfigError when `target` is a server, which has pages of its own."""
     if target.uri.startswith(("http://", "https://")):
         raise ConfigError.at(
             "This MLflow server has its own pages", "tracking URI", target.shown, "a database", f"open {target.shown} in a browser"
         )
     _free(host, port)
+
+
+def serve(target: Target, host: str, port: int) -> int:
+    """Runs MLflow's pages on a database until Ctrl-C; gives the exit code. Raises as `check` does."""
+    check(target, host, port)
     command = [
         sys.executable,
         "-m",

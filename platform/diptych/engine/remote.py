@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diptych.core.errors import ResourceError
+from diptych.core.errors import DiptychError, ResourceError
 
 PARTS = ("platform", "workflows", "dvc.yaml", ".dvc/config", ".dvcignore")
 WITHOUT_GIT = "[core]\n    no_scm = true\n"
@@ -22,19 +22,14 @@ WITHOUT_GIT = "[core]\n    no_scm = true\n"
 def prepare(pack: Path, home: Path) -> None:
     """Lays the packed project's files into `home`, in place of those of the submission before; what was computed there stays.
 
-    A folder with `.git` is somebody's clone, and is left as it is. Raises ResourceError when `home` cannot be written.
+    A folder with `.git` is somebody's clone, and is left as it is.
     """
     if (home / ".git").exists():
         return
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        for name in PARTS:
-            _replace(pack / name, home / name)
-        (home / ".dvc").mkdir(exist_ok=True)
-        (home / ".dvc" / "config.local").write_text(WITHOUT_GIT)
-    except OSError as error:
-        raise ResourceError.at("The project's folder on the cluster cannot be written", home, error.strerror or str(error),
-                               "a shared folder that the job's user may write", "diptych submit … --root /shared/project") from error  # fmt: skip
+    for name in PARTS:
+        _replace(pack / name, home / name)
+    (home / ".dvc").mkdir(exist_ok=True)
+    (home / ".dvc" / "config.local").write_text(WITHOUT_GIT)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -51,7 +46,8 @@ def _replace(source: Path, target: Path) -> None:
 
 def lock(home: Path) -> int:
     """The lock of a project's folder, as a file descriptor; waits, and says so, while another job works there."""
-    descriptor = os.open(home / ".diptych-job", os.O_RDWR | os.O_CREAT, 0o644)
+    (home / "runs").mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(home / "runs" / ".job-lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,6 +63,11 @@ def command(options: argparse.Namespace) -> list[str]:
     return words + (["--tracking-uri", options.tracking_uri] if options.tracking_uri else [])
 
 
+def _unwritable(home: Path, error: OSError) -> DiptychError:
+    return ResourceError.at("The project's folder on the cluster cannot be written", home, error.strerror or str(error),
+                            "a shared folder that the job's user may write", "diptych submit … --root /shared/project")  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepares the folder, then becomes the run: its exit code and its signals are the job's. The lock goes with the process."""
     parser = argparse.ArgumentParser(description="Runs a packed workflow with its outputs in a folder of the cluster.")
@@ -76,12 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args(arguments)
     try:
-        if not (options.home / ".git").exists():
-            options.home.mkdir(parents=True, exist_ok=True)
         os.set_inheritable(lock(options.home), True)
         prepare(Path.cwd(), options.home)
-    except (ResourceError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+    except OSError as error:
+        sys.stderr.write(f"{_unwritable(options.home, error)}\n")
         return ResourceError.exit_code
     os.execv(sys.executable, command(options))  # noqa: S606 - our own program, no shell
 

@@ -21,6 +21,7 @@ from diptych.core.chance import key_hashes
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import Encoder, Metric
+from diptych.evaluate.intervals import interval
 from diptych.evaluate.ranks import chunks, target_rank
 from diptych.evaluate.rows import Rows, of_split, preprocessing
 from diptych.evaluate.templates import TemplateSet, fill, resolve
@@ -29,6 +30,7 @@ Real = TypeVar("Real", np.float32, np.float64)
 Labels = NDArray[np.int64]
 
 TASK = "zero-shot"
+WORST_CLASS_LEAST = 10
 
 
 class Config(BaseConfig):
@@ -45,6 +47,9 @@ class Config(BaseConfig):
     )
     logit_scale: float | None = Field(None, gt=0, description="replaces the checkpoint's logit scale in the log loss")
     topk: tuple[int, ...] = Field((1, 5), min_length=1, description="k of the top-k accuracies")
+    task: str = Field(
+        TASK, pattern=r"^[a-z0-9][a-z0-9-]*$", description="the figures' name between set and metric, where one set is classified twice"
+    )
     check_order: bool = Field(True, description="warn where predictions fit the labels far better under a re-ordering of the classes")
 
     @field_validator("templates")
@@ -195,7 +200,11 @@ class _Scores(NamedTuple):
 
 
 class ZeroShot:
-    """The benchmark. Metrics: `acc<k>` for every k below the number of classes, `mean_per_class`, and `log_loss` in nats."""
+    """The benchmark.
+
+    Metrics: `acc<k>` for every k below the number of classes, `mean_per_class`, `log_loss` in nats, and, where every class has at
+    least 10 examples, `worst_class`: the accuracy of the class that does worst, without per-example values.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -215,7 +224,7 @@ class ZeroShot:
         keys = rows["key"].to_list()
         if config.check_order:
             _warn_of_order(class_order(scores[0].predicted_N, known.label_N, keys), name)
-        return self._metrics(scores, known, Rows(name, TASK, keys, seed, self.settings(encoder, known.names)))
+        return self._metrics(scores, known, Rows(name, self.config.task, keys, seed, self.settings(encoder, known.names)))
 
     def weights(self, encoder: Encoder, names: Sequence[str]) -> NDArray[np.float32]:
         """The classifiers `[1, D, C]` (ensemble) or `[T, D, C]` (a template each). All prompts are encoded in one call."""
@@ -246,7 +255,19 @@ class ZeroShot:
             *(rows.mean(f"acc{k}", hits(k)) for k in self.config.topk if k < len(known.names)),
             rows.mean("mean_per_class", hits(1), class_weights(known.label_N)),
             rows.mean("log_loss", np.mean([score.loss_N for score in scores], axis=0)),
+            *_worst_class(hits(1), known.label_N, rows),
         ]
+
+
+def _worst_class(hit_N: NDArray[np.float64], label_N: Labels, rows: Rows) -> list[Metric]:
+    """The accuracy of the worst class with its bootstrap interval within the class; nothing where a class is too small to judge."""
+    count_C = np.bincount(label_N)
+    if count_C[count_C > 0].min() < WORST_CLASS_LEAST:
+        return []
+    accuracy_C = np.where(count_C > 0, np.bincount(label_N, weights=hit_N) / np.maximum(count_C, 1), np.inf)
+    worst = int(accuracy_C.argmin())
+    low, high = interval(hit_N[label_N == worst], rows.seed)
+    return [Metric(rows.set, rows.task, "worst_class", float(accuracy_C[worst]), int(count_C[worst]), low, high, rows.settings)]
 
 
 def _scores(image_ND: NDArray[np.float32], weight_DC: NDArray[np.float32], label_N: Labels, scale: float) -> _Scores:

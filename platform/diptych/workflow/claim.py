@@ -10,7 +10,7 @@ A claim file is a workflow with arms:
     demands: [{better: curated, worse: random, metric: digits/zero-shot/acc1, least: 0.08}]
 
 An arm is a mapping of key path -> value over `base`; `@rows:ARM` stands for the number of training pairs that the other
-arm keeps with the same seed, so that arms are compared at equal size.
+arm keeps with the same seed, so that arms are compared at equal size. `@seed` stands for the seed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from diptych.workflow import spec, trials, yaml
 from diptych.workflow.project import Project
 
 ROWS = "@rows:"
+SEED = "@seed"
 
 
 class Demand(Config):
@@ -116,16 +117,18 @@ def arm_workflow(file: ClaimFile, arm: str, seed: int, path: Path, rows: Mapping
     raw = copy.deepcopy(file.base)
     raw["seed"] = seed
     for key, value in file.arms[arm].items():
-        spec.set_value(raw, key.split("."), _filled(value, rows), key)
+        spec.set_value(raw, key.split("."), _filled(value, rows, seed), key)
     return spec.check(raw, path, (f"arm={arm}",))
 
 
-def _filled(value: Any, rows: Mapping[str, int]) -> Any:
+def _filled(value: Any, rows: Mapping[str, int], seed: int) -> Any:
+    if value == SEED:
+        return seed
     if isinstance(value, str) and value.startswith(ROWS):
         return rows[value.removeprefix(ROWS)]
     if isinstance(value, Mapping):
-        return {key: _filled(entry, rows) for key, entry in value.items()}
-    return [_filled(entry, rows) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: _filled(entry, rows, seed) for key, entry in value.items()}
+    return [_filled(entry, rows, seed) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def references(file: ClaimFile, arm: str) -> set[str]:
