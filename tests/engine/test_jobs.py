@@ -83,7 +83,7 @@ def test_the_pack_is_described_with_its_largest_files_and_what_stays(tiny):
 def test_a_pack_that_is_too_large_is_refused_with_the_culprits(tiny, monkeypatch):
     monkeypatch.setattr(jobs, "MAX_PACK_BYTES", 1 << 20)
     (tiny / "ignored.txt").write_bytes(b"x" * (2 << 20))
-    with pytest.raises(ConfigError, match="ignored.txt 2.0 MiB"):
+    with pytest.raises(ConfigError, match=r"ignored\.txt 2\.0 MiB"):
         jobs.pack(tiny)
 
 

@@ -55,3 +55,13 @@ def test_a_pair_without_captions_is_refused() -> None:
         draw(0, 0, 1, 0)
     with pytest.raises(DataError, match="row 1"):
         draws(0, 0, np.asarray([1, 2], dtype=np.uint64), np.asarray([1, 0]))
+
+
+def test_the_original_takes_its_share_and_the_others_split_the_rest() -> None:
+    hashes = key_hashes(f"k{i}" for i in range(20_000))
+    drawn = draws(0, 3, hashes, np.full(20_000, 5), original=0.6)
+    share = np.bincount(drawn, minlength=5) / len(drawn)
+    assert abs(share[0] - 0.6) < 0.015
+    assert np.abs(share[1:] - 0.1).max() < 0.01
+    assert (draws(0, 3, hashes, np.ones(20_000, dtype=np.int64), original=0.0) == 0).all()
+    assert (draws(0, 3, hashes, np.full(20_000, 5), original=1.0) == 0).all()

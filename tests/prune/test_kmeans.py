@@ -6,11 +6,18 @@ import torch
 from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
-from diptych.prune.kmeans import _update, assign, dot, spherical_kmeans
+from diptych.prune.kmeans import _label, _member_sums, _update, assign, dot, fastest, spherical_kmeans
 
 
 def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def _step(
+    features_ND: torch.Tensor, label_N: torch.Tensor, score_N: torch.Tensor, weights_N: torch.Tensor | None, previous_KD: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    sum_KD = _member_sums(features_ND, label_N, weights_N, len(previous_KD))
+    return _update(features_ND, label_N, score_N, weights_N, sum_KD, previous_KD)
 
 
 def lloyd(features_ND: np.ndarray, centroids_KD: np.ndarray, iterations: int) -> tuple[np.ndarray, list[float]]:
@@ -59,8 +66,8 @@ def test_weights_count_a_row_that_often() -> None:
     repeated_ND = features_ND.repeat_interleave(weights_N.long(), dim=0)
     label_N = torch.arange(120).remainder(4)
     previous_KD = unit(4, 6, seed=9)
-    weighted_KD, _ = _update(features_ND, label_N, torch.ones(120), weights_N, previous_KD)
-    counted_KD, _ = _update(repeated_ND, label_N.repeat_interleave(weights_N.long()), torch.ones(len(repeated_ND)), None, previous_KD)
+    weighted_KD, _ = _step(features_ND, label_N, torch.ones(120), weights_N, previous_KD)
+    counted_KD, _ = _step(repeated_ND, label_N.repeat_interleave(weights_N.long()), torch.ones(len(repeated_ND)), None, previous_KD)
     torch.testing.assert_close(weighted_KD, counted_KD)
     fit = spherical_kmeans(features_ND, 4, 5, seed=0, weights_N=weights_N)
     label_N, similarity_N = assign(features_ND, fit.centroids_KD)
@@ -70,13 +77,13 @@ def test_weights_count_a_row_that_often() -> None:
 def test_an_empty_cluster_restarts_at_the_worst_served_row() -> None:
     features_ND = unit(10, 4)
     label_N, similarity_N = torch.zeros(10, dtype=torch.int64), torch.linspace(0.9, 0.0, 10)
-    centroids_KD, empty = _update(features_ND, label_N, similarity_N, None, unit(3, 4, seed=1))
+    centroids_KD, empty = _step(features_ND, label_N, similarity_N, None, unit(3, 4, seed=1))
     assert empty == 2
     torch.testing.assert_close(centroids_KD[1:], features_ND[[9, 8]])
     torch.testing.assert_close(centroids_KD[0], normalize(features_ND.sum(dim=0), dim=0))
     weights_N = torch.ones(10)
     weights_N[9] = 0
-    weighted_KD, _ = _update(features_ND, label_N, similarity_N, weights_N, unit(3, 4, seed=1))
+    weighted_KD, _ = _step(features_ND, label_N, similarity_N, weights_N, unit(3, 4, seed=1))
     torch.testing.assert_close(weighted_KD[1:], features_ND[[8, 7]])
 
 
@@ -91,7 +98,7 @@ def test_copies_among_the_first_centroids_are_mended() -> None:
 def test_members_that_cancel_out_leave_the_centroid_where_it_was() -> None:
     features_ND = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     previous_KD = torch.tensor([[0.0, 1.0]])
-    centroids_KD, _ = _update(features_ND, torch.zeros(2, dtype=torch.int64), torch.zeros(2), None, previous_KD)
+    centroids_KD, _ = _step(features_ND, torch.zeros(2, dtype=torch.int64), torch.zeros(2), None, previous_KD)
     assert torch.equal(centroids_KD, previous_KD)
 
 
@@ -122,6 +129,26 @@ def test_a_row_is_assigned_alike_in_any_batch(width: int) -> None:
         found = [assign(part, centroids_KD, block_values) for part in features_ND[order_N].split(size)]
         assert torch.equal(torch.cat([label for label, _ in found]), label_N[order_N])
         assert torch.equal(torch.cat([similarity for _, similarity in found]), similarity_N[order_N])
+
+
+@pytest.mark.parametrize("width", [2, 24, 512])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_a_coarse_screen_labels_as_an_exact_one(width: int, shift: float) -> None:
+    """With a shift all rows point one way, as features of real encoders do: scores are high and close together."""
+    features_ND = normalize(unit(3000, width) + shift * unit(1, width, seed=8), dim=1)
+    centroids_KD = normalize(unit(150, width, seed=1) + shift * unit(1, width, seed=8), dim=1)
+    coarse_N, score_N = _label(features_ND, centroids_KD, torch.bfloat16, 1 << 16)
+    exact_N, similarity_N = assign(features_ND, centroids_KD)
+    assert torch.equal(coarse_N, exact_N)
+    assert (score_N - similarity_N).abs().max() < 0.02
+    assert ((features_ND.bfloat16() @ centroids_KD.bfloat16().t()).float().argmax(dim=1) != exact_N).any(), "the screen alone would err"
+
+
+def test_the_fit_does_not_depend_on_the_screen() -> None:
+    features_ND = unit(800, 32)
+    fits = [spherical_kmeans(features_ND, 12, 8, seed=0, screen=screen) for screen in (torch.float32, torch.bfloat16)]
+    assert torch.equal(fits[0].centroids_KD, fits[1].centroids_KD)
+    assert fastest(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 def test_no_rows_give_no_labels() -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from _ranks import run_ranks
 
 from diptych.core.errors import ConfigError
+from diptych.pairs.schema import PAIRS
+from diptych.train import run as train_run
 from diptych.train.config import TrainConfig
 from diptych.train.run import TrainSummary, parameter_groups, train
 
@@ -160,3 +163,29 @@ def test_gains_biases_and_the_temperature_do_not_decay() -> None:
     assert "weight_decay" not in decayed
     assert len(plain["params"]) == 3
     assert plain["weight_decay"] == 0.0
+
+
+def test_tags_are_trained_on_only_where_asked_for_or_alone() -> None:
+    def captions(*pairs: tuple[str, str]) -> list[dict[str, object]]:
+        return [{"text": text, "source": source, "score": None} for text, source in pairs]
+
+    frame = pl.DataFrame(
+        {
+            "key": ["a", "b"],
+            "image": [{"shard": "s", "offset": 0, "size": 1, "width": 1, "height": 1}] * 2,
+            "captions": [captions(("cat", "human"), ("pet, fur", "tag"), ("kitty", "rewrite:laclip")), captions(("pet", "tag"))],
+            "split": ["train"] * 2,
+        },
+        schema=PAIRS,
+    )
+
+    class Dataset:
+        def read(self, columns: list[str]) -> pl.DataFrame:
+            return frame.select(columns)
+
+    def texts(**settings: bool) -> list[list[str]]:
+        rows = train_run._rows(Dataset(), "train", TrainConfig(steps=1, **settings))
+        return [[caption["text"] for caption in row] for row in rows["captions"].to_list()]
+
+    assert texts() == [["cat", "kitty"], ["pet"]]
+    assert texts(tags=True) == [["cat", "pet, fur", "kitty"], ["pet"]]

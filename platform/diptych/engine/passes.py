@@ -76,6 +76,8 @@ def run(
     links the tables of `source`. Raises what the methods raise, and DataError when a method loses or invents a row.
     """
     work = scratch / digest.short(digest.of_plain([source.digest, phase, seed, code, [config.plain() for config in configs]]))
+    if finished := sum(1 for _ in work.glob("*/*.*")):
+        progress.note(f"{phase} continues from {finished:,} finished pieces")
     work.mkdir(parents=True, exist_ok=True)
     tables = list(session.map(_TrainRows(work), list(enumerate(source.tables())))) if configs else source.tables()
     reports: dict[str, Any] = {}

@@ -63,6 +63,17 @@ def command(options: argparse.Namespace) -> list[str]:
     return words + (["--tracking-uri", options.tracking_uri] if options.tracking_uri else [])
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the job's own arguments."""
+    parser = argparse.ArgumentParser(description="Runs a packed workflow with its outputs in a folder of the cluster.")
+    parser.add_argument("--home", type=Path, required=True, help="absolute folder for outputs, shared by all machines")
+    parser.add_argument("--pack", type=Path, default=Path.cwd(), help="the project's files; default: the job's own folder")
+    parser.add_argument("--tracking-uri")
+    parser.add_argument("workflow")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
 def _unwritable(home: Path, error: OSError) -> DiptychError:
     return ResourceError.at("The project's folder on the cluster cannot be written", home, error.strerror or str(error),
                             "a shared folder that the job's user may write", "diptych submit … --root /shared/project")  # fmt: skip
@@ -70,15 +81,10 @@ def _unwritable(home: Path, error: OSError) -> DiptychError:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepares the folder, then becomes the run: its exit code and its signals are the job's. The lock goes with the process."""
-    parser = argparse.ArgumentParser(description="Runs a packed workflow with its outputs in a folder of the cluster.")
-    parser.add_argument("--home", type=Path, required=True, help="absolute folder for outputs, shared by all machines")
-    parser.add_argument("--tracking-uri")
-    parser.add_argument("workflow")
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         os.set_inheritable(lock(options.home), True)
-        prepare(Path.cwd(), options.home)
+        prepare(options.pack, options.home)
     except OSError as error:
         sys.stderr.write(f"{_unwritable(options.home, error)}\n")
         return ResourceError.exit_code

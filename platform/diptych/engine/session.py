@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +43,7 @@ class Session:
     Attributes:
         address: a Ray cluster's address; None starts a local one on first use.
         in_process: run everything here, in turn: for debuggers and tests.
-        cores: cores of the local session; None takes all of them.
+        cores: cores of the local session; None takes all that this process may use.
     """
 
     address: str | None = None
@@ -87,11 +90,11 @@ class Session:
         elif os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             options["address"] = os.environ.get("RAY_ADDRESS", "auto")
         else:
-            cores = self.cores or os.cpu_count() or 1
-            options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 400 * 2**20}
+            options |= {"num_cpus": self.cores or usable_cores(), "include_dashboard": False, "object_store_memory": 400 * 2**20}
         for attempt in range(START_TRIES):
             try:
-                ray.init(**options)
+                with _signals_kept():
+                    ray.init(**options)
                 break
             except Exception as error:
                 ray.shutdown()
@@ -158,6 +161,24 @@ def _unwrap(data: bytes) -> Any:
     if kind == "error":
         raise value
     return value
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on: a container's or `taskset`'s share, not the whole machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray makes SIGTERM end the driver with code 15 and a traceback; what was set before stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def scratch_folder(prefix: str) -> Path:

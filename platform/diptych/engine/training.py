@@ -7,10 +7,11 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.core import catalogue
 from diptych.core.errors import DataError, DiptychError, ResourceError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diptych.train.config import TrainConfig
+
+Result = TypeVar("Result")
 
 MAX_FAILURES = 3
 START_TIMEOUT_S = 300.0
@@ -52,10 +55,17 @@ def run(job: Job, session: Session, progress: Progress | None = None) -> dict[st
     Raises DataError for a loss that is not finite or a picture that broke, ResourceError when workers cannot be had.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
+    if progress and (step := _saved_step(job.scratch)):
+        progress.note(f"training continues from the checkpoint of step {step:,}")
     with _watch(job.scratch / "steps.jsonl", progress):
         summary = work(job, 0, 1) if session.in_process else _on_ray(job, session)
     shutil.rmtree(job.scratch / "checkpoints", ignore_errors=True)
     return summary
+
+
+def _saved_step(scratch: Path) -> int:
+    """The step of the newest checkpoint that an earlier run has left, or 0."""
+    return max((int(path.parent.name.removeprefix("step-")) for path in scratch.glob("checkpoints/step-*/state.json")), default=0)
 
 
 def work(job: Job, rank: int, world: int) -> dict[str, Any]:
@@ -98,10 +108,11 @@ def _on_ray(job: Job, session: Session) -> dict[str, Any]:
         ),
     )
     result_path = job.scratch / "summary.json"
-    result_path.unlink(missing_ok=True)
+    for left_over in (result_path, job.scratch / "failure.json"):
+        left_over.unlink(missing_ok=True)
     with _calm():
         try:
-            result = trainer.fit()
+            result = _interruptible(trainer.fit)
         except Exception as error:
             raise _cause(error, job) from error
     shutil.rmtree(job.scratch / "ray", ignore_errors=True)
@@ -109,6 +120,23 @@ def _on_ray(job: Job, session: Session) -> dict[str, Any]:
         raise _cause(result.error, job)
     summary: dict[str, Any] = json.loads(result_path.read_text())
     return summary
+
+
+def _interruptible(work: Callable[[], Result]) -> Result:
+    """Does `work` in a side thread, so that Ctrl-C ends the wait for it at once.
+
+    In the main thread Ray Train takes SIGINT for itself, for good, and ends the driver with code 0.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="diptych-training").start()
+    return outcome.result()
 
 
 def _ray_worker(settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters decay: the rule of CLIP's reference trainer, in one place for every optimizer."""
+"""Parameter groups for optimizers that are used without the training loop, which makes its own by the same rule."""
 
 from __future__ import annotations
 
@@ -8,23 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from diptych.core.errors import ConfigError
+from diptych.models.decay import NO_DECAY_NAMES, decays
 
-NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter, by its full dotted name.
-
-    Gains, biases and the temperature do not decay: nothing with fewer than two dimensions, and nothing whose name contains one
-    of `NO_DECAY_NAMES` anywhere (open_clip's rule; Radford et al. 2021, section 2.5). Matrices such as token and position
-    embeddings and the projections do.
-
-    >>> import torch
-    >>> decays("visual.proj", torch.empty(4, 3)), decays("visual.ln_pre.weight", torch.empty(4)), decays("class_embedding", torch.empty(4))
-    (True, False, False)
-    """
-    return parameter.ndim >= 2 and not any(part in name for part in NO_DECAY_NAMES)
-
+__all__ = ["NO_DECAY_NAMES", "decay_groups", "decays"]
 
 def decay_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups for a torch optimizer: those that decay, then those that do not; each in the given order.

@@ -35,9 +35,18 @@ def draw(seed: int, epoch: int, row_hash: int, count: int) -> int:
     return int(draws(seed, epoch, np.asarray([row_hash], dtype=np.uint64), np.asarray([count]))[0])
 
 
-def draws(seed: int, epoch: int, row_hash_N: NDArray[np.uint64], count_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`draw` for N pairs at once: int64 `[N]`, element i in `range(count_N[i])`."""
+def draws(
+    seed: int, epoch: int, row_hash_N: NDArray[np.uint64], count_N: NDArray[np.int64], original: float | None = None
+) -> NDArray[np.int64]:
+    """`draw` for N pairs at once: int64 `[N]`, element i in `range(count_N[i])`.
+
+    With `original`, 0 (the first caption) has that chance in [0, 1] and the others share the rest, where there are others.
+    """
     if (count_N < 1).any():
         row = int(np.argmax(count_N < 1))
         raise DataError.at("A pair has no caption to train on", f"row {row} of the batch", int(count_N[row]), "one caption or more")
-    return np.floor(uniform(seed, _STREAM, epoch, row_hash_N) * count_N).astype(np.int64)
+    uniform_N = uniform(seed, _STREAM, epoch, row_hash_N)
+    if original is None:
+        return np.floor(uniform_N * count_N).astype(np.int64)
+    rest_N = (uniform_N - original) / max(1.0 - original, 2.0**-53)
+    return np.where((uniform_N < original) | (count_N == 1), 0, 1 + np.floor(rest_N * (count_N - 1))).astype(np.int64)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diptych.core.errors import ResourceError
+from diptych.core.errors import DiptychError, ResourceError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+HARDLY_ANY_BYTES = 1 << 16
+"""Less than this free counts as full when a library says only that a write failed."""
+
+PARTIAL = re.compile(r".+\.partial(-\d+-[0-9a-f]+)?")
+ASIDE = re.compile(r"(?P<out>.+)\.old-\d+-[0-9a-f]+|\.(?P<model>.+)\.[^.]+\.replaced")
+"""An output moved away to make room for the next: by `publish`, and by `models.store`."""
 
 
 @contextmanager
@@ -23,12 +31,40 @@ def guard_space(path: Path, needed_bytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        folder = next(place for place in path.absolute().parents if place.exists())
-        free = shutil.disk_usage(folder).free
-        got = f"<{free:,} bytes free, {needed_bytes:,} needed for the next write: {os.strerror(error.errno or 0)}>"
+        got = f"<{_free_bytes(path):,} bytes free, {needed_bytes:,} needed for the next write: {os.strerror(error.errno or 0)}>"
         raise ResourceError.at(
             "The disk is full", path, got, "room for the dataset", "free space, or write elsewhere; nothing was kept"
         ) from error
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turns whatever a full disk made a library raise while it worked in `folder` into a ResourceError."""
+    try:
+        yield
+    except DiptychError:
+        raise
+    except Exception as error:
+        if not _from_full_disk(error, folder):
+            raise
+        raise ResourceError.at(
+            "The disk is full", folder, f"<{_free_bytes(folder):,} bytes free: {error}>", "room for the run",
+            "free space, then give the same command: it continues from here",
+        ) from error  # fmt: skip
+
+
+def _from_full_disk(error: BaseException | None, folder: Path) -> bool:
+    """By the errno, or by the text of an error that has none, or (torch tells neither) by a failed write where no byte is free."""
+    if error is None:
+        return False
+    known = (isinstance(error, OSError) and error.errno in FULL) or any(words in str(error) for words in FULL_WORDS)
+    silent = isinstance(error, OSError | RuntimeError) and _free_bytes(folder) < HARDLY_ANY_BYTES
+    return known or silent or _from_full_disk(error.__cause__ or error.__context__, folder)
+
+
+def _free_bytes(path: Path) -> int:
+    place = path.absolute()
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -42,6 +78,19 @@ def write_durably(path: Path, data: bytes) -> None:
 def partial_of(out: Path) -> Path:
     """A fresh name beside `out` to write under: no two writers share it, and no reader takes it for a dataset."""
     return out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `out` at the end; on any error it is deleted and `out` is as it was."""
+    partial = partial_of(out)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def publish(partial: Path, out: Path) -> None:
@@ -60,6 +109,26 @@ def publish(partial: Path, out: Path) -> None:
     sync_folder(out.parent)
     if replaced:
         remove(old)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Mends what killed writers left in a folder that nobody else writes to; gives the names of what it found.
+
+    An output that was lost between the two renames of `publish` is put back; what was never finished is deleted.
+    """
+    found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True) if folder.is_dir() else []
+    swept = []
+    for path in found:
+        aside = ASIDE.fullmatch(path.name)
+        out = folder / (aside["out"] or aside["model"]) if aside else None
+        if out is not None and not out.exists():
+            path.rename(out)
+        elif out is not None or PARTIAL.fullmatch(path.name):
+            remove(path)
+        else:
+            continue
+        swept.append(path.name)
+    return swept
 
 
 def remove(path: Path) -> None:

@@ -5,8 +5,8 @@ product a block of rows is nearly all of the work. It only screens: centroids th
 float64 products, row by row, so the fit can screen with bfloat16 where that is fast and still label as float32 would.
 
 Shape legend: N rows, D feature width, K centroids, B rows of a block, L lanes, M centroids of a lane, Q (row, centroid) pairs.
-Source: Dhillon and Modha, Concept Decompositions for Large Sparse Text Data Using Clustering (2001), section 3; first centroids as in
-Bahmani et al., Scalable k-means++ (2012), section 3.3, on a pool of rows; the screen and the reseeding are ours.
+Source: Dhillon and Modha, Concept Decompositions for Large Sparse Text Data Using Clustering (2001), section 3; the screen and
+the reseeding are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn.functional import embedding_bag, normalize, pad
 
@@ -23,10 +22,6 @@ from diptych.core.errors import ConfigError
 
 BLOCK_VALUES = 1 << 20
 """Similarities held at once: 4 MiB of float32, whatever N and K are; more leaves the cache of a core."""
-
-SEED_ROUNDS = 10
-SEED_POOL = 20
-"""First centroids are drawn in so many rounds, from so many rows for each."""
 
 LANES = 64
 """Centroid k lies in lane `k % LANES`: the maximum of every lane is one vector instruction a centroid, unlike that of a row."""
@@ -58,13 +53,13 @@ def spherical_kmeans(
     block_values: int = BLOCK_VALUES,
     screen: torch.dtype | None = None,
 ) -> Clustering:
-    """Fits `k` unit centroids to the rows of `features_ND` (float32, L2-normalised), from `k` distinct spread-out rows drawn by `seed`.
+    """Fits `k` unit centroids to the rows of `features_ND` (float32, L2-normalised), from `k` distinct rows drawn by `seed`.
 
     Stops after `iterations` updates, or when the objective (a mean of cosines, at most 1) grew by no more than `tolerance`
     in one. An empty cluster restarts at the row that is worst served, the next one at the next worst. `weights_N` (float32,
     >= 0) counts a row that often. `screen` is float32 or bfloat16; None takes the faster one on this machine. Same rows in
     the same order give the same centroids, to the bit on one kind of machine. Memory beyond the rows: `8 * block_values`
-    bytes, `4 * SEED_POOL * K D` and 32 N. Raises ConfigError unless 1 <= k <= rows.
+    bytes, `12 K D` and 32 N. Raises ConfigError unless 1 <= k <= rows.
     """
     usable = len(features_ND) if weights_N is None else int(weights_N.count_nonzero())
     if not 1 <= k <= usable:
@@ -116,24 +111,10 @@ def fastest(device: torch.device) -> torch.dtype:
 
 
 def _first(features_ND: torch.Tensor, weights_N: torch.Tensor | None, k: int, seed: int) -> torch.Tensor:
-    """Unit centroids `[K, D]` at distinct rows, each round drawn with odds of the distance to the nearest row drawn before."""
-    random = generator(seed, "spherical-kmeans")
-    usable = np.arange(len(features_ND)) if weights_N is None else weights_N.cpu().numpy().nonzero()[0]
-    pool = torch.from_numpy(random.choice(usable, min(SEED_POOL * k, len(usable)), replace=False)).to(features_ND.device)
-    pool_SD = normalize(features_ND[pool], dim=1)
-    odds_S = np.ones(len(pool)) if weights_N is None else weights_N[pool].cpu().numpy().astype(np.float64)
-    distance_S, drawn_S = np.full(len(pool), 2.0), np.zeros(len(pool), dtype=bool)
-    drawn: list[torch.Tensor] = []
-    for count in np.diff(np.linspace(0, k, min(SEED_ROUNDS, k) + 1).astype(int)):
-        # The smallest of exponential times are a draw without replacement; copies of drawn rows stay possible, as a last resort.
-        time_S = random.exponential(size=len(pool)) / (odds_S * np.maximum(distance_S, 1e-9))
-        time_S[drawn_S] = np.inf
-        fresh = np.argsort(time_S, kind="stable")[:count]
-        drawn_S[fresh] = True
-        drawn.append(pool_SD[torch.from_numpy(fresh).to(pool.device)])
-        nearest_S = [(pool_SD[rows] @ drawn[-1].t()).amax(dim=1) for rows in _slices(len(pool), 4096)]
-        distance_S = np.minimum(distance_S, 1 - torch.cat(nearest_S).cpu().numpy())
-    return torch.cat(drawn)
+    """Unit centroids `[K, D]` at distinct rows that have a weight, any of them with the same odds."""
+    usable = torch.arange(len(features_ND)) if weights_N is None else weights_N.cpu().nonzero().squeeze(1)
+    drawn = generator(seed, "spherical-kmeans").choice(len(usable), k, replace=False, shuffle=False)
+    return normalize(features_ND[usable[torch.from_numpy(drawn)].to(features_ND.device)], dim=1)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
@@ -203,8 +184,8 @@ def _member_sums(features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: to
     member_N = label_N.argsort(stable=True)
     size_K = label_N.bincount(minlength=k)
     share_N = None if weights_N is None else weights_N[member_N].float()
-    sum_KD: torch.Tensor = embedding_bag(member_N, features_ND, size_K.cumsum(0) - size_K, mode="sum", per_sample_weights=share_N)
-    return sum_KD
+    sum_KD = embedding_bag(member_N, features_ND, size_K.cumsum(0) - size_K, mode="sum", per_sample_weights=share_N)
+    return torch.as_tensor(sum_KD)
 
 
 def _update(

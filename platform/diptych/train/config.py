@@ -18,7 +18,10 @@ class TrainConfig(Config):
     steps: int | None = Field(default=None, gt=0, description="optimizer updates, instead of epochs")
     batch_size: int = Field(default=256, ge=1, description="pairs an update, over all workers")
     accumulate: int = Field(default=1, ge=1, description="micro-batches a worker encodes one after another; the loss still sees all pairs")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic of the encoders; the loss is always float32")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32", description="arithmetic of the encoders; the loss is always float32; auto: bf16 where the device has it"
+    )
+    no_decay: tuple[str, ...] = Field(default=(), description="parts of parameter names that do not decay, beside gains and biases")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning rate by step")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest L2 norm of the gradient; none: never clipped")
     ema: float | None = Field(default=None, gt=0, lt=1, description="decay a step of averaged weights; if set, they are what is saved")
@@ -26,6 +29,10 @@ class TrainConfig(Config):
     caption: Literal["uniform", "first"] = Field(
         default="uniform", description="one of a pair's captions, drawn anew each visit, or its first"
     )
+    original: float | None = Field(
+        default=None, ge=0, le=1, description="share of visits that see a pair's first caption; the others draw from the rest; null: uniform"
+    )
+    tags: bool = Field(default=False, description="draw from captions of the source `tag` too; false: only for pairs that have no other")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")
     avoid: str | None = Field(default=None, description="a column, e.g. label: no two pairs of one batch have the same value in it")
 
@@ -42,6 +49,8 @@ class TrainConfig(Config):
     def _consistent(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("exactly one of epochs and steps must be given")
+        if self.original is not None and self.caption == "first":
+            raise ValueError("original has no effect with caption: first")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
         return self

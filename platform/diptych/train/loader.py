@@ -208,7 +208,7 @@ class PairLoader:
         table = self.table
         if self.config.caption == "first":
             return table.texts.gather(table.first_caption_N[rows_N]).to_list()
-        choice_N = captions.draws(self.seed, epoch, table.hash_N[rows_N], table.caption_count_N[rows_N])
+        choice_N = captions.draws(self.seed, epoch, table.hash_N[rows_N], table.caption_count_N[rows_N], self.config.original)
         first = table.texts.gather(table.first_caption_N[rows_N]).to_list()
         chosen = table.texts.gather(table.first_caption_N[rows_N] + choice_N).to_list()
         return [captions.choose_caption(pair, 1) for pair in zip(first, chosen, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError
+from diptych.models.decay import decays
 from diptych.train import sync
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import ADVICE
@@ -24,8 +25,6 @@ from diptych.train.loop import Record, Run, fit
 
 if TYPE_CHECKING:
     from diptych.pairs.dataset import PairDataset
-
-NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -104,19 +103,20 @@ def train(
         _check_division(config, world)
         scratch.mkdir(parents=True, exist_ok=True)
         dataset = PairDataset.open(dataset_root)
-        rows = _rows(dataset, split, config.avoid)
+        rows = _rows(dataset, split, config)
         model = clip.create(model_name if init == "random" else init, seed).to(device).train()
         torch.manual_seed(seed)
-        state = _first_state(model, build_objective().to(device), build_optimizer, config.ema, world)
+        state = _first_state(model, build_objective().to(device), build_optimizer, config, world)
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
         total_steps = config.total_steps(loader.steps_per_epoch)
-        identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, **_recipe(config, state)}
+        precision = resolved_precision(config.precision, device)
+        identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision, **_recipe(config, state)}
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
         run = Run(
-            task=Contrastive(state.model, state.objective, config.accumulate, config.precision),
+            task=Contrastive(state.model, state.objective, config.accumulate, precision),
             loader=loader,
             schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
             config=config,
@@ -138,16 +138,24 @@ def train(
         return _summary(run, state, record, resumed_from)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay as it says, and gains, biases and temperatures, which do not.
 
-    The rule of CLIP's reference trainer: no decay below two dimensions or if the name holds `bn`, `ln`, `bias` or `logit_scale`.
+    The rule of `models.decay`; names that hold one of `no_decay` do not decay either.
     """
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in named_parameters:
-        decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY_NAMES)
-        groups[0 if decays else 1]["params"].append(parameter)
+        groups[0 if decays(name, parameter, no_decay) else 1]["params"].append(parameter)
     return groups
+
+
+def resolved_precision(precision: str, device: str) -> str:
+    """`fp32` or `bf16`; `auto` is bf16 where the device computes in it, which most processors only emulate."""
+    if precision != "auto":
+        return precision
+    cpu: Any = torch.cpu
+    able = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu._is_avx512_bf16_supported()
+    return "bf16" if able else "fp32"
 
 
 @contextmanager
@@ -171,16 +179,16 @@ def _first_state(
     model: nn.Module,
     objective: nn.Module,
     build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
-    ema_decay: float | None,
+    config: TrainConfig,
     world: int,
 ) -> TrainState:
     """The state of step 0, equal on all ranks."""
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
-    optimizer = build_optimizer(parameter_groups((name, parameter) for name, parameter in named if parameter.requires_grad))
+    optimizer = build_optimizer(parameter_groups((name, parameter) for name, parameter in named if parameter.requires_grad), config.no_decay)
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
-    return TrainState(model, objective, optimizer, None if ema_decay is None else Ema(model, ema_decay))
+    return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))
 
 
 def _check_division(config: TrainConfig, world: int) -> None:
@@ -189,10 +197,13 @@ def _check_division(config: TrainConfig, world: int) -> None:
         raise ConfigError.at("The batch does not divide", "batch_size", config.batch_size, f"a multiple of {parts}: workers x accumulate")
 
 
-def _rows(dataset: PairDataset, split: str | None, avoid: str | None) -> pl.DataFrame:
-    """The training pairs, without the columns that training does not look at."""
-    frame = dataset.read(["key", "image", "captions", "split", *([avoid] if avoid else [])])
+def _rows(dataset: PairDataset, split: str | None, config: TrainConfig) -> pl.DataFrame:
+    """The training pairs, without the columns and captions that training does not look at."""
+    frame = dataset.read(["key", "image", "captions", "split", *([config.avoid] if config.avoid else [])])
     frame = frame if split is None else frame.filter(pl.col("split") == split)
+    if not config.tags:
+        others = pl.col("captions").list.eval(pl.element().filter(pl.element().struct.field("source") != "tag"))
+        frame = frame.with_columns(captions=pl.when(others.list.len() > 0).then(others).otherwise("captions"))
     if frame.is_empty():
         raise ConfigError.at("There is nothing to train on", "split", split, "a split that the data set has")
     return frame

@@ -21,6 +21,7 @@ from diptych.engine import evaluation, passes, training
 from diptych.engine.features import FeatureSpec
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
+from diptych.pairs import files
 from diptych.pairs.dataset import PairDataset
 from diptych.workflow import identity
 from diptych.workflow.spec import PAIR_PHASES, Workflow
@@ -42,9 +43,9 @@ class Bench:
     scratch: Path
     cache: Path
 
-    def dataset(self, phase: str) -> PairDataset:
-        """The pair dataset that a phase left."""
-        return PairDataset.open(self.folder(phase))
+    def dataset(self, phase: str, verify: bool = False) -> PairDataset:
+        """The pair dataset that a phase left; with `verify`, its tables are what the manifest says to the last byte."""
+        return PairDataset.open(self.folder(phase), verify)
 
 
 def run(phase: str, bench: Bench) -> Figures:
@@ -87,7 +88,7 @@ def _pairs(phase: str) -> Callable[[Bench], Figures]:
         workflow = bench.workflow
         (before,) = identity.INPUTS[phase]
         configs: Sequence[Config] = workflow.methods(phase)
-        source = bench.dataset(before)
+        source = bench.dataset(before, verify=True)
         dataset = passes.run(
             source, configs, phase, bench.folder(phase), seed=workflow.seed, session=bench.session,
             scratch=bench.scratch, code=identity.code(phase), version=__version__, progress=bench.progress,
@@ -165,18 +166,17 @@ def _train(bench: Bench) -> Figures:
     from diptych.train.config import TrainConfig
 
     workflow, section = bench.workflow, bench.workflow.train
+    dataset = bench.dataset("caption", verify=True)
     config = TrainConfig.parse({key: value for key, value in section.plain().items() if key in TrainConfig.model_fields})
     job = training.Job(
-        dataset=bench.folder("caption").resolve(),
+        dataset=dataset.root,
         config=config,
         model=section.model,
         init=section.init,
         objective=workflow.objective.plain(),
         optimizer=workflow.optimizer.plain(),
         out=bench.folder("train").resolve(),
-        scratch=(
-            bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), bench.dataset('caption').digest]))}"
-        ).resolve(),
+        scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), dataset.digest]))}").resolve(),
         seed=workflow.seed,
         workers=section.workers,
     )
@@ -186,7 +186,7 @@ def _train(bench: Bench) -> Figures:
     kept_log.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(str(log), kept_log)
     shutil.rmtree(job.scratch, ignore_errors=True)
-    return {**_training_figures(summary), "rows": _train_rows(bench.dataset("caption")), "digest": identity.of_output(job.out)}
+    return {**_training_figures(summary), "rows": _train_rows(dataset), "digest": identity.of_output(job.out)}
 
 
 def _training_figures(summary: Mapping[str, Any]) -> Figures:
@@ -241,7 +241,7 @@ def _calibration(bench: Bench, encoder: Any, rows: int = 256) -> list[Mapping[st
 
 def _evaluate(bench: Bench) -> Figures:
     workflow, out = bench.workflow, bench.folder("evaluate")
-    encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest"), bench.cache / "encoded")
+    encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest", verify=True), bench.cache / "encoded")
     name = str(workflow.source.plain()["method"])
     metrics = evaluation.measure(encoder, workflow.benchmarks, name, workflow.seed)
     provenance = {
@@ -249,16 +249,12 @@ def _evaluate(bench: Bench) -> Figures:
         "dataset": digest.short(encoder.dataset.digest),
         "code": digest.short(identity.code("evaluate")),
     }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    evaluation.long_form(metrics, provenance).write_parquet(partial / "rows.parquet")
-    evaluation.per_example(metrics).write_parquet(partial / "examples.parquet")
-    if any(config.plain()["method"] == "retrieval" for config in workflow.benchmarks):
-        _retrieval_examples(workflow, encoder).write_parquet(partial / "retrieved.parquet")
-    sweep = _sweep(bench, partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with files.replacing(out) as partial:
+        evaluation.long_form(metrics, provenance).write_parquet(partial / "rows.parquet")
+        evaluation.per_example(metrics).write_parquet(partial / "examples.parquet")
+        if any(config.plain()["method"] == "retrieval" for config in workflow.benchmarks):
+            _retrieval_examples(workflow, encoder).write_parquet(partial / "retrieved.parquet")
+        sweep = _sweep(bench, partial)
     values = {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in metrics}
     return {"metrics": values, "sweep": sweep}
 
@@ -281,11 +277,8 @@ def _sweep(bench: Bench, out: Path) -> Figures | None:
 
 def hand_over(source: Path, out: Path) -> None:
     """An empty phase hands its input on: the same files under a second name, not copied where the file system allows."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with files.replacing(out) as partial:
+        shutil.copytree(source, partial, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diptych.engine.pipeline import StageState
 from diptych.engine.progress import Progress, duration
 from diptych.engine.session import Session
 from diptych.engine.tracking import Target, Tracker
+from diptych.pairs import files
 from diptych.workflow import identity, phases, plan, report
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
@@ -77,20 +78,24 @@ def run(workflow: Workflow, options: Options) -> Outcome:
     store = open_store(project, workflow)
     outcome = Outcome(workflow, store.name)
     progress = Progress(quiet=options.quiet)
-    with store.locked(), Session(options.address, options.in_process) as session, terminated_as_interrupt():
+    with terminated_as_interrupt(), store.locked() as swept, Session(options.address, options.in_process) as session:
+        for name in swept:
+            progress.note(f"tidied {name}, left by a run that was killed")
         recorder: Recorder | None = None
         try:
-            for phase in PHASES[: PHASES.index(options.until) + 1]:
-                state = store.state(phase)
-                if state.changed and recorder is None:
-                    recorder = Recorder(project, store, workflow, options)
-                    recorder.open()
-                _one(phase, state, store, session, progress, recorder, outcome)
-            outcome.wall_s = time.monotonic() - started
-            _finish(store, outcome, recorder, progress)
+            with files.full_disk_explained(store.home):
+                for phase in PHASES[: PHASES.index(options.until) + 1]:
+                    state = store.state(phase)
+                    if state.changed and recorder is None:
+                        recorder = Recorder(project, store, workflow, options)
+                        recorder.open()
+                    _one(phase, state, store, session, progress, recorder, outcome)
+                outcome.wall_s = time.monotonic() - started
+                _finish(store, outcome, recorder, progress)
         except BaseException as error:
             if recorder:
-                recorder.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                with suppress(OSError):  # a full disk: the next run ends this one's record
+                    recorder.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     outcome.wall_s = time.monotonic() - started
     return outcome
@@ -150,7 +155,8 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
         captions = f", {figures['captions_per_pair']:.1f} captions a pair" if phase == "caption" else ""
         return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
     if phase == "train" and "samples_seen" in figures:
-        return f"{figures['samples_seen']:,} pictures seen, loss {figures.get('loss', float('nan')):.3f}"
+        resumed = f", from step {figures['resumed_from']:,} on" if figures.get("resumed_from") else ""
+        return f"{figures['samples_seen']:,} pictures seen, loss {figures.get('loss', float('nan')):.3f}{resumed}"
     if phase == "evaluate":
         values = {key.rsplit("/", 1)[1]: entry for key, entry in figures.get("metrics", {}).items()}
         return ", ".join(f"{name} {values[name]['value']:.1%}" for name in HEADLINES if name in values)
@@ -162,9 +168,10 @@ def phase(workflow: Workflow, name: str) -> None:
     project = Project.find(workflow.path.parent)
     store = PlainStore(project, workflow, workflow.name)
     progress = Progress()
-    with Session(os.environ.get("RAY_ADDRESS")) as session, terminated_as_interrupt():
+    with terminated_as_interrupt(), store.locked(), Session(os.environ.get("RAY_ADDRESS")) as session:
         progress.start(name)
-        figures = run_phase(name, store, session, progress, None)
+        with files.full_disk_explained(store.home):
+            figures = run_phase(name, store, session, progress, None)
         progress.done(summary(name, figures))
 
 
@@ -285,10 +292,11 @@ def heartbeat(path: Path, phase: str, every_s: float = 10.0) -> Iterator[None]:
     def beat() -> None:
         while True:
             partial = path.with_suffix(".partial")
-            partial.write_text(
-                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "phase": phase, "time": time.time(), "every_s": every_s})
-            )
-            partial.replace(path)
+            with suppress(OSError):  # a full disk is the phase's to tell
+                partial.write_text(
+                    json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "phase": phase, "time": time.time(), "every_s": every_s})
+                )
+                partial.replace(path)
             if stop.wait(every_s):
                 return
 
@@ -304,7 +312,7 @@ def heartbeat(path: Path, phase: str, every_s: float = 10.0) -> Iterator[None]:
 
 @contextmanager
 def terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: cleanly."""
+    """SIGTERM, and SIGHUP of a terminal that is closed, end a run as Ctrl-C does: cleanly. What is ignored (`nohup`) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -312,11 +320,15 @@ def terminated_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def table(outcome: Outcome) -> str:

@@ -6,8 +6,10 @@ It never touches `dvc.lock`; a phase whose parameters, inputs and code equal tho
 
 from __future__ import annotations
 
+import fcntl
 import json
-import shutil
+import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core import digest
+from diptych.core.errors import ResourceError
 from diptych.engine.pipeline import Pipeline, StageState
+from diptych.pairs import files
 from diptych.workflow import identity
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PHASES, Workflow
@@ -45,9 +49,24 @@ class Store(ABC):
         """Records a finished phase with its figures."""
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the same outputs."""
-        yield
+    def locked(self, *, wait: bool = False) -> Iterator[list[str]]:
+        """Keeps other runs out of the same outputs, and mends what a killed one left there: gives the names of what it found.
+
+        Raises ResourceError when another run is at work, unless told to `wait` for it. The lock ends with its process.
+        """
+        path = self.project.runs / ".locks" / f"{self.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                file.seek(0)
+                raise ResourceError.at("Another run is at work on the same outputs", self.home, f"<{file.read() or 'a lock'}>",
+                                       "one run at a time", "wait for it, or stop it; then give the same command") from None  # fmt: skip
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield files.sweep(self.home)
 
     def figures(self, phase: str) -> dict[str, Any]:
         """What the phase's record says: seconds, counts, peak memory. Empty when there is none."""
@@ -98,10 +117,10 @@ class LockedStore(PlainStore):
         self._pipeline = Pipeline(project.root, workflow.path.stem, PHASES)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds DVC's lock."""
-        with self._pipeline.locked():
-            yield
+    def locked(self, *, wait: bool = False) -> Iterator[list[str]]:
+        """Holds DVC's lock too. `dvc repro` gives that one up while a stage runs, so ours comes first."""
+        with super().locked(wait=wait) as swept, self._pipeline.locked():
+            yield swept
 
     def state(self, phase: str) -> StageState:
         """DVC's verdict; outputs that are missing but cached are checked out first."""
@@ -179,11 +198,3 @@ def open_store(project: Project, workflow: Workflow) -> Store:
     """DVC's store for a workflow of the project as its file says it, a keyed one for anything else."""
     inside = workflow.path.parent == project.root / "workflows"
     return LockedStore(project, workflow) if inside and not workflow.overrides else KeyedStore(project, workflow)
-
-
-def remove(path: Path) -> None:
-    """Removes an output before it is made anew."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

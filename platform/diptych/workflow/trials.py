@@ -20,7 +20,7 @@ def run(
     project = project or Project.find(workflow.path.parent)
     store = KeyedStore(project, workflow, name)
     figures: dict[str, dict[str, Any]] = {}
-    with Session(in_process=True) as session:
+    with store.locked(wait=True), Session(in_process=True) as session:
         for phase in PHASES[: PHASES.index(until) + 1]:
             if not store.state(phase).changed:
                 figures[phase] = store.figures(phase)
