@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 
+import click
 import jsonschema
 import pytest
 import ray
@@ -160,15 +161,24 @@ def test_what_ray_and_mlflow_are_started_with_is_known_to_them(compose, accepts)
     assert compose["services"]["ray-head"]["healthcheck"]["test"][1:3] == ["ray", "health-check"]
 
 
+def test_an_unknown_option_would_be_seen(accepts):
+    with pytest.raises(click.NoSuchOption):
+        accepts(["ray", "start", "--haed"])
+    with pytest.raises(click.NoSuchOption):
+        accepts(["mlflow", "server", "--artefacts-destination", "s3://mlflow"])
+
+
 def test_a_missing_password_stops_compose(compose_of):
-    with pytest.raises(KeyError, match="set POSTGRES_PASSWORD in infra/.env"):
+    with pytest.raises(KeyError, match="set POSTGRES_PASSWORD in"):
         compose_of(S3_USER="a", S3_PASSWORD="b")
 
 
 def test_the_example_names_every_variable(root):
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", (root / "infra/compose.yaml").read_text()))
     example = {
-        line.partition("=")[0]: line.partition("=")[2] for line in (root / "infra/.env.example").read_text().splitlines() if "=" in line
+        line.partition("=")[0]: line.partition("=")[2]
+        for line in (root / "infra/.env.example").read_text().splitlines()
+        if re.match(r"\w+=", line)
     }
     assert used == set(example)
     assert not any(value for name, value in example.items() if name.endswith("PASSWORD"))

@@ -185,7 +185,8 @@ def _first_state(
     """The state of step 0, equal on all ranks."""
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
-    optimizer = build_optimizer(parameter_groups((name, parameter) for name, parameter in named if parameter.requires_grad), config.no_decay)
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    optimizer = build_optimizer(parameter_groups(trained, config.no_decay))
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
     return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))

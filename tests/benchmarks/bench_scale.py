@@ -1,0 +1,220 @@
+"""Curation and pruning of 1,000,000 generated pairs beside themselves at 250,000: does time grow in step with the pairs, and memory not?
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_scale.py [--large 1000000] [--small 250000]
+
+The chain is metaclip (the shipped concepts), then semantic-dedup and concept-pruning, run by `engine/passes.py` in process, in tables of
+62,500 rows. Every size runs in a fresh process that reports its CPU seconds from the first pass on, and its largest resident memory;
+the data set is made in another.
+
+Captions are 30 to 60 characters of words that follow a Zipf law. To decode a million pictures would take longer than all of the rest, so
+features do not come from pixels: `made_up_features` stands in for `features.compute`. It derives each row from the key alone (a direction
+out of 500, with noise of its own; every tenth row is a near copy of the one before). The chain's parameters grow with the rows where they
+count rows (metaclip's threshold), so that the same share stays at every size; cluster counts are the methods' own defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from numpy.typing import NDArray
+
+    from diptych.engine.features import FeatureSpec
+    from diptych.pairs.shards import ShardReader
+
+LARGE, SMALL, TABLE_ROWS = 1_000_000, 250_000, 62_500
+WIDTH, DIRECTIONS = 64, 500
+NOISE, COPY_NOISE = 0.6, 0.02
+COPY_EVERY = 10
+TIME_TARGET, MEMORY_TARGET = 4.4, 1.2
+CHAIN: dict[str, tuple[dict[str, Any], ...]] = {
+    "curate": ({"method": "metaclip"},),
+    "prune": ({"method": "semantic-dedup", "epsilon": 0.03}, {"method": "concept-pruning", "keep": 0.8, "complexity_mean": 0.1}),
+}
+ROWS_A_THRESHOLD = 1_000
+
+
+# ---------------------------------------------------------------- the data
+
+
+def make(rows: int, folder: Path) -> None:
+    """Writes the pair dataset `folder/ingest`: tables that point into one small shard."""
+    from diptych.pairs.manifest import PhaseRecord, ShardEntry
+    from diptych.pairs.write import DatasetWriter
+
+    shard = folder / "shard.tar"
+    tarfile.open(shard, "w").close()
+    shards = {"s": ShardEntry(uri=str(shard), size_bytes=shard.stat().st_size)}
+    record = PhaseRecord(phase="ingest", methods=(), seed=0, code="bench", version="0")
+    vocabulary = words()
+    with DatasetWriter(folder / "ingest", record, shards=shards, pairs_in=None) as writer:
+        for start in range(0, rows, TABLE_ROWS):
+            writer.add(table(start, min(TABLE_ROWS, rows - start), vocabulary))
+        writer.finish()
+
+
+def words() -> pl.Series:
+    """50,000 words, the frequent ones first: half are concepts of the shipped list, half name nothing."""
+    import numpy as np
+    import polars as pl
+
+    from diptych.curate import concepts
+
+    rng = np.random.default_rng(0)
+    known = [entry for entry in concepts.load(concepts.BUILTIN).entries if entry.isalpha() and 3 <= len(entry) <= 10]
+    known = [known[index] for index in rng.permutation(len(known))[:25_000]]
+    letters = rng.integers(ord("a"), ord("z") + 1, (25_000, 7)).astype(np.uint8)
+    mixed = [*known, *(row.tobytes().decode() for row in letters)]
+    return pl.Series([mixed[index] for index in rng.permutation(len(mixed))])
+
+
+def table(start: int, rows: int, vocabulary: pl.Series) -> pl.DataFrame:
+    """The pairs number `start` to `start + rows`."""
+    import numpy as np
+    import polars as pl
+
+    from diptych.pairs.schema import CAPTIONS, IMAGE
+
+    rng = np.random.default_rng(start + 1)
+    rank = np.minimum(rng.zipf(1.3, (rows, 12)) - 1, 10**9) % len(vocabulary)
+    drawn = vocabulary.gather(rank.ravel()).reshape((rows, 12))
+    frame = pl.DataFrame({"number": np.arange(start, start + rows), "words": drawn, "length": rng.integers(30, 61, rows)})
+    text = pl.col("words").arr.join(" ").str.slice(0, pl.col("length"))
+    image = {
+        "shard": pl.lit("s"),
+        "offset": pl.col("number") % 400 * 1024 + 512,
+        "size": pl.lit(300),
+        "width": pl.lit(16),
+        "height": pl.lit(16),
+    }
+    caption = pl.struct(text=text, source=pl.lit("alt"), score=pl.lit(None, pl.Float32))
+    return frame.select(
+        key=pl.format("pair-{}", pl.col("number").cast(pl.String).str.zfill(9)),
+        image=pl.struct(**image).cast(IMAGE),
+        captions=pl.concat_list(caption).cast(CAPTIONS),
+        split=pl.lit("train"),
+    )
+
+
+def made_up_features(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDArray[np.float32]:
+    """Unit rows `[N, WIDTH]`, a function of the key alone; every tenth pair is nearly the pair before it."""
+    import numpy as np
+    import polars as pl
+
+    del spec, reader
+    number = frame["key"].str.slice(5).cast(pl.Int64).to_numpy()
+    original = np.where(number % COPY_EVERY == COPY_EVERY - 1, number - 1, number)
+    centre_CD, grain_CD = stand_ins()
+    # Two rows of grain, picked by the digits of the number in two bases: as good as noise of its own for every picture.
+    noise = grain_CD[original % 4093] + grain_CD[original // 4093 % 4091]
+    values = centre_CD[original * 7919 % DIRECTIONS] + NOISE / 2**0.5 * noise + COPY_NOISE * grain_CD[number % 4079]
+    return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True), dtype=np.float32)
+
+
+@lru_cache
+def stand_ins() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Directions `[DIRECTIONS, WIDTH]` and grain `[4096, WIDTH]`, rows of norm about 1."""
+    import numpy as np
+
+    rng = np.random.default_rng(2)
+    centre_CD, grain_CD = rng.standard_normal((DIRECTIONS, WIDTH)), rng.standard_normal((4096, WIDTH))
+    return (centre_CD / WIDTH**0.5).astype(np.float32), (grain_CD / WIDTH**0.5).astype(np.float32)
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def work(rows: int, folder: Path) -> dict[str, Any]:
+    """Runs the chain over `folder/ingest` in this process: what it took, and what left."""
+    import torch
+
+    from diptych.core import catalogue
+    from diptych.engine import features, passes
+    from diptych.engine.progress import Progress
+    from diptych.engine.session import Session
+    from diptych.pairs.dataset import PairDataset
+
+    torch.set_num_threads(1)
+    features.compute = made_up_features
+    dataset = PairDataset.open(folder / "ingest")
+    assert len(dataset) == rows
+    taken: dict[str, Any] = {"start_mb": peak_mb()}
+    cpu, wall = time.process_time(), time.monotonic()
+    for phase, methods in CHAIN.items():
+        before_s = time.process_time()
+        values = [{**value, **({"threshold": rows // ROWS_A_THRESHOLD} if value["method"] == "metaclip" else {})} for value in methods]
+        configs = [catalogue.config_class(catalogue.find(value["method"], phase)).parse(value) for value in values]
+        dataset = passes.run(
+            dataset, configs, phase, folder / phase, seed=0, session=Session(in_process=True), scratch=folder / "scratch",
+            code="bench", version="0", progress=Progress(quiet=True), feature_specs={"pixels": features.FeatureSpec(name="pixels")},
+        )  # fmt: skip
+        taken[phase] = {"cpu_s": time.process_time() - before_s, "kept": len(dataset), "peak_mb": peak_mb()}
+        for entry in dataset.manifest.ledger.left:
+            taken[phase][entry.reason] = entry.count
+    return taken | {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, MB. Unlike getrusage's, it does not start at the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def fresh(step: str, rows: int, folder: Path) -> dict[str, Any]:
+    """One step in a process of its own."""
+    command = [sys.executable, __file__, "--step", step, "--small", str(rows), "--folder", str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Runs both sizes and prints two lines; fails if shares differ between them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", type=int, default=LARGE)
+    parser.add_argument("--small", type=int, default=SMALL)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=["make", "work"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps((make if options.step == "make" else work)(options.small, options.folder) or {}))
+        return
+    taken = {}
+    for rows in (options.small, options.large):
+        with tempfile.TemporaryDirectory() as name:
+            fresh("make", rows, Path(name))
+            taken[rows] = fresh("work", rows, Path(name))
+        print(f"{rows}: {json.dumps(taken[rows])}", flush=True)
+    report(options.small, options.large, taken)
+
+
+def report(small: int, large: int, taken: dict[int, dict[str, Any]]) -> None:
+    """Prints the figures, after checking that the same share of the pairs stayed."""
+    less, more = taken[small], taken[large]
+    for phase in CHAIN:
+        shares = [figures[phase]["kept"] / rows for rows, figures in ((small, less), (large, more))]
+        assert abs(shares[0] - shares[1]) < 0.05, f"{phase} keeps {shares}: not the same work"
+    times = TIME_TARGET * large / LARGE * SMALL / small
+    print(
+        f"BENCH scale-time: ours {more['cpu_s']:.1f} CPU s for {large}, peer {less['cpu_s']:.1f} CPU s for {small},"
+        f" ratio {more['cpu_s'] / less['cpu_s']:.2f}, target <= {times:.1f} (wall {more['wall_s']:.1f} s and {less['wall_s']:.1f} s)"
+    )
+    print(
+        f"BENCH scale-memory: ours {more['peak_mb']:.0f} MB for {large}, peer {less['peak_mb']:.0f} MB for {small},"
+        f" ratio {more['peak_mb'] / less['peak_mb']:.2f}, target <= {MEMORY_TARGET}"
+    )
+
+
+if __name__ == "__main__":
+    main()
