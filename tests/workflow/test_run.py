@@ -129,3 +129,25 @@ def test_a_training_axis_trains_each_setting_and_optuna_proposes(project: Path) 
     trained = [json.loads(path.read_text())["params"]["train"]["optimizer"]["lr"] for path in (project / "runs").glob("small+*/.records/train.json")]
     assert found["winner"]["train.optimizer.lr"] in trained
     assert len(set(trained)) == 2
+
+
+def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
+    pytest.importorskip("PIL")
+    from diptych.cli.main import main
+
+    assert main(["data", "ingest", "digits", str(project / "pairs"), "train=80"]) == 0
+    assert main(["data", "export", str(project / "pairs"), str(project / "tars")]) == 0
+    data = {"source": "webdataset", "path": str(project / "tars" / "train-*.tar")}
+    write_workflow(project / "workflows", {**WORKFLOW, "data": data, "evaluate": {"benchmarks": [], "sweep": None}})
+    until = run.Options(in_process=True, quiet=True, until="ingest")
+
+    def ingest() -> run.Outcome:
+        return run.run(spec.load(project / "workflows/small.yaml"), until)
+
+    assert ingest().ran == ["ingest"]
+    assert ingest().cached
+    assert main(["data", "ingest", "digits", str(project / "pairs"), "train=70"]) == 0
+    assert main(["data", "export", str(project / "pairs"), str(project / "tars")]) == 0
+    again = ingest()
+    assert again.ran == ["ingest"]
+    assert again.reasons["ingest"] == ("the source's files changed",)

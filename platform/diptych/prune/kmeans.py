@@ -131,7 +131,12 @@ def _label(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of the nearest centroid, int64 `[N]`, settled by float64 wherever the screen leaves a doubt; and the screen's score of it."""
     k = len(centroids_KD)
-    table_KD = pad(centroids_KD, (0, 0, 0, -k % LANES)).to(screen)
+    # Taking their mean off the centroids shifts all scores of a row alike. What is left is small where features share a direction,
+    # as those of encoders do, and so is its rounding.
+    mean_D = centroids_KD.double().mean(dim=0)
+    offset_KD = centroids_KD - mean_D
+    slack = _slack(screen, features_ND.shape[1]) * float(offset_KD.norm(dim=1).max())
+    table_KD = pad(offset_KD, (0, 0, 0, -k % LANES)).to(screen)
     block = max(1, min(block_values // len(table_KD), len(features_ND)))
     buffer_BK = torch.empty(block, len(table_KD), dtype=screen, device=features_ND.device)
     label_N = torch.empty(len(features_ND), dtype=torch.int64, device=features_ND.device)
@@ -140,30 +145,31 @@ def _label(
         block_BD = features_ND[rows]
         scores_BK = torch.mm(block_BD.to(screen), table_KD.t(), out=buffer_BK[: len(block_BD)])
         scores_BK[:, k:] = -torch.inf
-        score_N[rows], *rivals = _rivals(scores_BK, features_ND.shape[1])
+        best_B, *rivals = _rivals(scores_BK, slack)
+        score_N[rows] = best_B + block_BD @ mean_D.float()
         label_N[rows] = _settle(block_BD, centroids_KD, *rivals)
     return label_N, score_N
 
 
-def _rivals(scores_BK: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rivals(scores_BK: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best score of every row `[B]`, and row and column `[Q]` of all that rounding cannot tell from it."""
     grid_BML = scores_BK.view(len(scores_BK), -1, LANES)
     top_BL = grid_BML.amax(dim=1)
     best_B = top_BL.amax(dim=1).float()
-    bar_B = best_B - _slack(best_B, scores_BK.dtype, width)
+    bar_B = best_B - slack - best_B.abs() * torch.finfo(scores_BK.dtype).eps
     row_P, lane_P = (top_BL >= bar_B[:, None]).nonzero(as_tuple=True)
     pair_Q, place_Q = (grid_BML[row_P, :, lane_P] >= bar_B[row_P, None]).nonzero(as_tuple=True)
     return best_B, row_P[pair_Q], place_Q * LANES + lane_P[pair_Q]
 
 
-def _slack(best_B: torch.Tensor, screen: torch.dtype, width: int) -> torch.Tensor:
-    """How far below the best score `[B]` the true best may have been put."""
+def _slack(screen: torch.dtype, width: int) -> float:
+    """How much the errors of two products of unit vectors can differ, before the scores themselves are rounded."""
     eps = torch.finfo(screen).eps
     if screen == torch.float32:
-        # Proven: a float32 sum of D products of unit vectors is off by at most D * eps / 2. Twice that for norms just above 1.
-        return torch.full_like(best_B, 2 * width * eps)
-    # The score is rounded, and so is every factor: independent errors add up like 1 / sqrt(D), of which this is 14 sigma.
-    return eps * (best_B.abs() + min(2.0, 8 / width**0.5))
+        # Proven: a float32 sum of D products is off by at most D * eps / 2. Twice that for norms just above 1.
+        return 2 * width * eps
+    # Either factor is off by eps / 2 of itself. The errors of D products are independent: this is 14 of their standard deviations.
+    return eps * min(2.0, 8 / width**0.5)
 
 
 def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, row_Q: torch.Tensor, column_Q: torch.Tensor) -> torch.Tensor:
@@ -184,8 +190,8 @@ def _member_sums(features_ND: torch.Tensor, label_N: torch.Tensor, weights_N: to
     member_N = label_N.argsort(stable=True)
     size_K = label_N.bincount(minlength=k)
     share_N = None if weights_N is None else weights_N[member_N].float()
-    sum_KD = embedding_bag(member_N, features_ND, size_K.cumsum(0) - size_K, mode="sum", per_sample_weights=share_N)
-    return torch.as_tensor(sum_KD)
+    sum_KD: torch.Tensor = embedding_bag(member_N, features_ND, size_K.cumsum(0) - size_K, mode="sum", per_sample_weights=share_N)
+    return sum_KD
 
 
 def _update(

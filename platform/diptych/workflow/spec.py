@@ -16,6 +16,7 @@ from diptych.core import catalogue, digest
 from diptych.core.config import Config, headline
 from diptych.core.errors import ConfigError, Problem, nearest, shorten
 from diptych.pairs.ingest import IngestConfig
+from diptych.pairs.sources.paths import local_files
 from diptych.train.config import TrainConfig
 from diptych.workflow import yaml
 
@@ -141,7 +142,7 @@ class Workflow:
         """The resolved parameters of one phase, defaults filled in: what its identity rests on."""
         match phase:
             case "ingest":
-                values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain()}
+                values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain(), "files": source_files(self.source)}
             case "train":
                 values = {**self.train.plain(), "objective": self.objective.plain(), "optimizer": self.optimizer.plain()}
             case "evaluate":
@@ -154,6 +155,21 @@ class Workflow:
     def digest(self) -> str:
         """The digest of all resolved parameters."""
         return digest.of_plain([self.params(phase) for phase in PHASES])
+
+
+def source_files(source: Config) -> str:
+    """A digest of the local files that a source names (names, sizes, times of change); empty for a source that names none.
+
+    DVC cannot know these files, so a changed one is found here.
+    """
+    found = []
+    for name in ("path", "table"):
+        value = getattr(source, name, None)
+        for entry in (value,) if isinstance(value, str) else value or ():
+            for path in local_files(str(entry)):
+                status = path.stat()
+                found.append([str(path), status.st_size, status.st_mtime_ns])
+    return digest.of_plain(found) if found else ""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Workflow:

@@ -125,9 +125,18 @@ class LockedStore(PlainStore):
     def state(self, phase: str) -> StageState:
         """DVC's verdict; outputs that are missing but cached are checked out first."""
         state = self._pipeline.state(phase)
+        if phase == "ingest" and not state.changed and self._files_changed():
+            return StageState(phase, ("the source's files changed",))
         if state.changed and all(reason.startswith("output ") for reason in state.reasons) and self._pipeline.restore(phase):
             return StageState(phase, ())
         return state
+
+    def _files_changed(self) -> bool:
+        record = self._record("ingest")
+        if not record.exists():
+            return False
+        then = json.loads(record.read_text())["params"]["ingest"].get("files", "")
+        return bool(then != self.workflow.params("ingest")["ingest"]["files"])
 
     def save(self, phase: str, figures: Mapping[str, Any]) -> None:
         """Writes our record, then DVC's cache and lock."""

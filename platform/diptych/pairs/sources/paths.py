@@ -30,6 +30,16 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def local_files(pattern: str) -> list[Path]:
+    """The local files that a pattern means, those below a folder included; none for a remote one or one that means nothing yet."""
+    if is_remote(pattern):
+        return []
+    if Path(pattern).is_dir():
+        return sorted(path for path in Path(pattern).rglob("*") if path.is_file())
+    names = {name for counted in _counted(pattern) for name in _matches(counted) if Path(name).is_file()}
+    return sorted(map(Path, names))
+
+
 def short_names(files: Sequence[str]) -> dict[str, str]:
     """A name a file: the stem, with as many folders before it as it takes to tell all apart. Independent of where the files lie."""
     parts = {file: PurePosixPath(file.split("://")[-1]).with_suffix("").parts for file in files}

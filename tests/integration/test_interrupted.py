@@ -1,0 +1,106 @@
+"""Stop it anywhere: Ctrl-C, SIGTERM, a killed driver. The same command goes on, and what comes out is the same to the bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from tests.integration import commands
+from tests.integration.commands import Results
+from tests.integration.conftest import Diptych
+
+
+def test_a_killed_training_in_process_goes_on_from_its_checkpoint(before_training: Path, diptych: Diptych, expected: Results) -> None:
+    project = before_training
+    command = diptych(project, "run", "pool", "--in-process")
+    command.until(lambda: commands.steps_logged(project) > 45, "step 45").kill()
+    command = diptych(project, "run", "pool", "--in-process").done()
+    assert "training continues from the checkpoint of step 40" in command.text or "of step 50" in command.text, command.text
+    assert Results.of(project / "runs/pool") == expected
+    assert not list((project / "runs/.scratch").glob("pool/*")), "nothing is kept of a training that is done"
+    assert commands.parent_statuses(project)[-2:] == ["KILLED", "FINISHED"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_training_on_ray_that_is_stopped_in_three_ways_is_the_uninterrupted_one(
+    before_training: Path, diptych: Diptych, expected: Results
+) -> None:
+    project = before_training
+    for how, step in ((signal.SIGINT, 15), (signal.SIGTERM, 45), (signal.SIGKILL, 75)):
+        command = diptych(project, "run", "pool")
+        command.until(lambda step=step: commands.steps_logged(project) > step, f"step {step}")
+        if how == signal.SIGKILL:
+            command.kill()
+        else:
+            command.stop(how)
+        assert len(commands.checkpoints(project)) in (1, 2)
+        assert not (project / "runs/pool/train").exists()
+    command = diptych(project, "run", "pool").done()
+    assert "training continues from the checkpoint of step" in command.text
+    command.leaves_nobody()
+    assert Results.of(project / "runs/pool") == expected
+    assert commands.parent_statuses(project)[-4:] == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_training_workers_whose_driver_is_killed_make_the_same_model(before_training: Path, diptych: Diptych, tmp_path: Path) -> None:
+    project = before_training
+    variation = ("run", "pool", "train.workers=2", "train.steps=60", "--until", "train")
+    command = diptych(project, *variation)
+    command.until(lambda: commands.steps_logged(project) > 25, "step 25").kill()
+    diptych(project, *variation).done().leaves_nobody()
+    (resumed,) = (project / "runs").glob(f"pool+*/{commands.WEIGHTS}")
+    model = resumed.read_bytes()
+    resumed.parent.rename(tmp_path / "resumed")
+    command = diptych(project, *variation).done()
+    assert "continues" not in command.text
+    assert resumed.read_bytes() == model
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_passes_that_are_stopped_in_three_ways_give_the_uninterrupted_pairs(fresh: Path, diptych: Diptych, expected: Results) -> None:
+    project = fresh
+    runs = project / "runs/pool"
+    command = diptych(project, "run", "pool", "--until", "caption")
+    command.until(lambda: list(runs.glob("ingest.partial*/shards/*.tar")), "the first shard").stop(signal.SIGINT)
+    assert not (runs / "ingest").exists()
+    assert not commands.unfinished(project), "a run that is stopped leaves nothing half done"
+    assert commands.parent_statuses(project) == ["KILLED"]
+
+    command = diptych(project, "run", "pool", "--until", "caption")
+    command.until(lambda: commands.pieces(project, "features-*.parquet"), "the first table of features").kill()
+    assert not (runs / "prune").exists()
+    finished = commands.pieces(project, "features-*.parquet")
+    command = diptych(project, "run", "pool", "--until", "caption")
+    command.until(lambda: commands.pieces(project, "decided-*.parquet"), "the first verdict").stop(signal.SIGTERM)
+    assert finished and "prune continues from" in command.text
+    assert not (runs / "prune").exists()
+    assert not commands.unfinished(project)
+
+    command = diptych(project, "run", "pool", "--until", "caption").done()
+    assert "prune continues from" in command.text
+    command.leaves_nobody()
+    assert commands.pairs_of(runs) == expected.datasets
+    assert not list((project / "runs/.scratch").glob("pool/*")), "pieces are kept only until their dataset is whole"
+    assert commands.parent_statuses(project) == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+
+
+def test_what_a_killed_writer_left_is_tidied_and_a_lost_output_is_back(before_training: Path, diptych: Diptych) -> None:
+    project = before_training
+    runs = project / "runs/pool"
+    command = diptych(project, "run", "pool", "data.seed=1", "--until", "ingest", "--in-process")
+    command.until(lambda: list((project / "runs").glob("pool+*/ingest.partial*/shards/*.tar")), "the first shard").kill()
+    (partial,) = (project / "runs").glob("pool+*/ingest.partial*")
+    assert not partial.with_name("ingest").exists()
+    command = diptych(project, "run", "pool", "data.seed=1", "--until", "ingest", "--in-process").done()
+    assert f"tidied {partial.name}" in command.text
+    assert [path.name for path in partial.parent.iterdir() if "partial" in path.name] == []
+    (runs / "prune").rename(runs / "prune.old-77-0a1b2c3d")
+    (runs / "caption").rename(runs / ".caption.x1y2.replaced")
+    command = diptych(project, "run", "pool", "--until", "caption", "--in-process").done()
+    assert "everything cached" in command.text, command.text
+    assert (runs / "prune/manifest.json").exists() and (runs / "caption/manifest.json").exists()
