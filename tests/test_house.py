@@ -26,7 +26,9 @@ def test_importing_diptych_and_asking_for_help_import_nothing_heavy() -> None:
 
 
 def test_the_standard_library_keeps_its_platform_module() -> None:
-    done = subprocess.run([sys.executable, "-c", "import platform; print(platform.system())"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import platform; print(platform.system())"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "Linux"
     assert not (ROOT / "platform" / "__init__.py").exists()
 
@@ -38,7 +40,9 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno
+        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
     ]
     assert not long
 
@@ -57,15 +61,12 @@ def test_no_pickle_and_no_shell_strings() -> None:
         assert "allow_pickle=True" not in text, path
 
 
-def test_every_catalogue_row_builds_its_defaults_or_says_what_it_needs() -> None:
+def test_every_catalogue_row_has_a_config_that_builds_and_knows_its_name() -> None:
     from diptych.core import catalogue
-    from diptych.core.errors import ConfigError
 
     for row in catalogue.rows().values():
         config = catalogue.config_class(row)
-        assert hasattr(config, "build"), row.name
+        assert callable(getattr(config, "build", None)), row.name
         assert config.model_fields["method"].default == row.name
-        try:
-            config.parse({"method": row.name})
-        except ConfigError as error:
-            assert all(problem.got for problem in error.problems)
+        for name, field in config.model_fields.items():
+            assert name == "method" or field.description, f"{row.name}.{name} has no description"

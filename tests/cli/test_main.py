@@ -17,7 +17,8 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "plan", "claim", "compare", "trace", "methods", "data", "submit", "ui", "doctor", "completion", "data ingest", "data diff"]
+    "verb",
+    ["run", "plan", "claim", "compare", "trace", "methods", "data", "submit", "ui", "doctor", "completion", "data ingest", "data diff"],
 )
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -43,7 +44,9 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data", "ingest", "parquet", "out"], 2, ["path", "required"]),
     ],
 )
-def test_mistakes_are_explained_without_a_traceback(arguments: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_explained_without_a_traceback(
+    arguments: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == code
     error = capsys.readouterr().err
     for word in words:
@@ -61,7 +64,8 @@ def test_methods_show_parameters_defaults_and_paper(capsys: pytest.CaptureFixtur
     assert main(["methods", "metaclip"]) == 0
     out = capsys.readouterr().out
     assert "Demystifying CLIP Data" in out
-    assert "threshold" in out and "default" in out
+    assert "threshold" in out
+    assert "default" in out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

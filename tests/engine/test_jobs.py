@@ -249,6 +249,19 @@ def test_without_a_terminal_ctrl_c_leaves_the_job(cluster, tiny, tmp_path, monke
 
 @pytest.mark.server
 @pytest.mark.ray
+def test_the_packed_project_runs_by_its_own_code(cluster, tmp_path, capsys):
+    """All the way: the pack of this repository, its folder on the cluster, its command line; a mistake there is the job's exit code."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a git work tree")
+    job = jobs.Job("real", "workflows/quickstart.yaml", ("train.nonsense=1",), str(tmp_path / "home"), None)
+    assert jobs.submit(job, jobs.pack(root), cluster.address, follow=True) == ConfigError.exit_code
+    assert "train.nonsense" in capsys.readouterr().out
+    assert (tmp_path / "home" / "workflows" / "quickstart.yaml").exists()
+
+
+@pytest.mark.server
+@pytest.mark.ray
 def test_the_doctor_sees_the_cluster(cluster):
     import ray
 

@@ -32,7 +32,7 @@ stages:
 
 
 def dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -113,7 +113,8 @@ def test_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
         "with p.locked():\n    print('held', flush=True); sys.stdin.readline()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdin is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ResourceError, match="Another run"), Pipeline(folder, "w", PHASES).locked():
             pass

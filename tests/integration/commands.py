@@ -35,7 +35,7 @@ class Command:
 
     arguments: tuple[str, ...]
     project: Path
-    cores: set[int] | None = None
+    core: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -43,13 +43,12 @@ class Command:
         self.log = self.project / f"command-{self.mark[:8]}.log"
         hidden = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        cores = self.cores
+        pinned = [] if self.core is None else ["taskset", "-c", str(self.core)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "diptych.cli.main", *self.arguments],
+                [*pinned, sys.executable, "-m", "diptych.cli.main", *self.arguments],
                 cwd=self.project, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**environment, **self.environment, MARK: self.mark},
-                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
             )  # fmt: skip
 
     @property

@@ -40,7 +40,9 @@ def test_a_run_leaves_outputs_ledgers_lock_report_and_mlflow_runs(project: Path,
     assert test.height == 597, "what a model is measured on is never curated"
     assert "digits/zero-shot/acc1" in done.figures["evaluate"]["metrics"]
     page = (project / "runs/small/report.html").read_text()
-    assert "The ledger" in page and "http://" not in page and "https://" not in page
+    assert "The ledger" in page
+    assert "http://" not in page
+    assert "https://" not in page
     assert not list((project / "runs").glob("**/*.partial*"))
     status = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=project, capture_output=True, text=True, check=True)
     assert "up to date" in status.stdout, status.stdout
@@ -49,7 +51,9 @@ def test_a_run_leaves_outputs_ledgers_lock_report_and_mlflow_runs(project: Path,
     names = {found.info.run_name for found in runs}
     assert names == {"small", *(f"small/{phase}" for phase in spec.PHASES)}
     parent = next(found for found in runs if found.info.run_name == "small")
-    assert parent.data.metrics["eval/digits/zero-shot/acc1"] == pytest.approx(done.figures["evaluate"]["metrics"]["digits/zero-shot/acc1"]["value"])
+    assert parent.data.metrics["eval/digits/zero-shot/acc1"] == pytest.approx(
+        done.figures["evaluate"]["metrics"]["digits/zero-shot/acc1"]["value"]
+    )
     assert parent.data.params["train.optimizer.lr"] == "0.001"
     assert all(found.info.status == "FINISHED" for found in runs)
 
@@ -126,7 +130,10 @@ def test_a_training_axis_trains_each_setting_and_optuna_proposes(project: Path) 
     write_workflow(project / "workflows", {**WORKFLOW, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
     found = go(project).figures["evaluate"]["sweep"]
     assert found["tried"] == 2
-    trained = [json.loads(path.read_text())["params"]["train"]["optimizer"]["lr"] for path in (project / "runs").glob("small+*/.records/train.json")]
+    trained = [
+        json.loads(path.read_text())["params"]["train"]["optimizer"]["lr"]
+        for path in (project / "runs").glob("small+*/.records/train.json")
+    ]
     assert found["winner"]["train.optimizer.lr"] in trained
     assert len(set(trained)) == 2
 

@@ -58,7 +58,10 @@ def test_batches_that_do_not_divide_and_too_many_workers_are_refused() -> None:
 
 def test_overrides_reach_mappings_lists_by_index_and_methods_by_name(tmp_path: Path) -> None:
     path = write_workflow(tmp_path, WORKFLOW)
-    workflow = spec.load(path, ["train.optimizer.lr=3e-4", "prune.1.keep=0.5", "prune.semantic-dedup.epsilon=0.2", "evaluate.benchmarks.zero-shot.topk=[1, 3]"])
+    workflow = spec.load(
+        path,
+        ["train.optimizer.lr=3e-4", "prune.1.keep=0.5", "prune.semantic-dedup.epsilon=0.2", "evaluate.benchmarks.zero-shot.topk=[1, 3]"],
+    )
     assert workflow.optimizer.plain()["lr"] == 3e-4
     assert workflow.prune[1].plain()["keep"] == 0.5
     assert workflow.prune[0].plain()["epsilon"] == 0.2

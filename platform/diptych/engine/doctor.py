@@ -192,7 +192,7 @@ def _mlflow(folder: Path, uri: str | None) -> Check:
     try:
         Tracker(target, Outbox(folder / "runs" / ".outbox")).check()
     except DiptychError as error:
-        return Check("mlflow", "mend", f"{target.shown}: {error.problems[0].got}", error.problems[0].fix)
+        return Check("mlflow", "mend", f"{target.shown}: {_got(error)}", error.problems[0].fix)
     waiting, refused = sum(outbox.behind for outbox in outboxes), sum(outbox.refused for outbox in outboxes)
     found = f"{mlflow.__version__}, {target.shown}"
     if refused:
@@ -215,10 +215,15 @@ def _cluster(address: str) -> Check:
     try:
         version, found = jobs.describe_cluster(address)
     except DiptychError as error:
-        return Check("cluster", "mend", error.problems[0].got, error.problems[0].fix)
+        return Check("cluster", "mend", f"{address}: {_got(error)}", error.problems[0].fix)
     if version != ray.__version__:
         return Check("cluster", "note", found, f"this machine has Ray {ray.__version__}; run the image of infra/Dockerfile there")
     return Check("cluster", "ok", found)
+
+
+def _got(error: DiptychError) -> str:
+    """What was found wrong, without the quotes of its `repr`."""
+    return error.problems[0].got.strip("'\"") if error.problems else error.headline
 
 
 def text(found: list[Check]) -> str:

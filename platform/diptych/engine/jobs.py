@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from diptych.core.errors import ConfigError, DiptychError, ResourceError
 from diptych.engine import reach
 
-MAX_PACK_BYTES = 20 * 2**20
+MAX_PACK_BYTES = 64 * 2**20
+"""Ray takes no more than 100 MiB."""
 SHOWN = 10
 POLL_S = 0.5
 ANSWER_S = 5.0

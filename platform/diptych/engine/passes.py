@@ -151,10 +151,7 @@ class Stage:
             state = self._fold(number, fold, state)
         first = pl.read_parquet(self.tables[0]) if self.tables else None
         grouped = first is not None and method.group(_batch(place, first.head(1), method), state) is not None
-        if grouped:
-            tables = self._grouped(state)
-        else:
-            tables = self._each(_Apply(place, state), self.tables, "deciding")
+        tables = self._grouped(state) if grouped else self._each(_Apply(place, state), self.tables, "deciding")
         return tables, dict(method.report(state))
 
     def _each(self, task: Callable[[tuple[int, Path]], Path], tables: Sequence[Path], what: str) -> list[Path]:
