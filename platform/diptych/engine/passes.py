@@ -8,7 +8,7 @@ piece is a file under a done name, so that a restart repeats only what was in fl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,8 @@ class Stage:
         state: Any = None
         for number, fold in enumerate(method.folds()):
             state = self._fold(number, fold, state)
-        first = pl.read_parquet(self.tables[0]) if self.tables else None
-        grouped = first is not None and method.group(_batch(place, first.head(1), method), state) is not None
+        first = pl.read_parquet(self.tables[0], n_rows=1) if self.tables else None
+        grouped = first is not None and method.group(_batch(place, first, method), state) is not None
         tables = self._grouped(state) if grouped else self._each(_Apply(place, state), self.tables, "deciding")
         return tables, dict(method.report(state))
 
@@ -332,7 +332,8 @@ class _Decide:
         done = self.place.scratch / f"decide-{bucket:05d}.done"
         if done.exists():
             return
-        parts = sorted(self.place.scratch.glob(f"route-{bucket:05d}-*.parquet"))
+        # Asked for by name: to list a folder of tables times buckets files, once a bucket, would grow with the cube of the rows.
+        parts = _existing(self.place.scratch / f"route-{bucket:05d}-{index:05d}.parquet" for index in range(self.tables))
         if parts:
             frame = pl.concat([pl.read_parquet(path) for path in parts]).sort("group", maintain_order=True)
             method = self.place.build()
@@ -362,11 +363,18 @@ class _Return:
         if path.exists():
             return path
         frame = pl.read_parquet(table)
-        kept = [pl.read_parquet(part) for part in sorted(self.place.scratch.glob(f"decided-kept-{index:05d}-*.parquet"))]
-        left = [pl.read_parquet(part) for part in sorted(self.place.scratch.glob(f"decided-left-{index:05d}-*.parquet"))]
+        kept = [pl.read_parquet(part) for part in self._parts("decided-kept", index)]
+        left = [pl.read_parquet(part) for part in self._parts("decided-left", index)]
         if left:
             order = frame.select("key").with_row_index("_order")
             rows = pl.concat(left).join(order, on="key").sort("_order").drop("_order")
             _write(rows, self.place.scratch / f"left-{index:05d}.parquet")
         result = _restore(self.place, frame, pl.concat(kept)) if kept else frame.clear()
         return _write(result, path)
+
+    def _parts(self, name: str, index: int) -> list[Path]:
+        return _existing(self.place.scratch / f"{name}-{index:05d}-{bucket:05d}.parquet" for bucket in range(self.buckets))
+
+
+def _existing(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.exists()]

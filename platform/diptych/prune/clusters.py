@@ -26,6 +26,8 @@ Order = Literal["hard", "easy", "random"]
 ROWS_PER_CENTROID = 20
 """Fewer sampled rows than this fit a centroid badly: the number of clusters that is chosen for the user stays below it."""
 
+BLOCK_ROWS = 4096
+
 
 class ClusterConfig(Config):
     """The parameters of a method that clusters features first."""
@@ -61,7 +63,12 @@ class Clusters:
 
     def distance(self, features_ND: torch.Tensor, label_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine distance `[N]`, in [0, 2] up to rounding, of every row to the centroid of its cluster; depends on the row alone."""
-        return 1 - dot(features_ND, tensor(self.centroids_KD[label_N])).numpy()
+        similarity_N = np.empty(len(label_N), dtype=np.float32)
+        # In blocks: the float64 products of all rows at once would be four times the features.
+        for start in range(0, len(label_N), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            similarity_N[rows] = dot(features_ND[rows], tensor(self.centroids_KD[label_N[rows]])).numpy()
+        return 1 - similarity_N
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ the reseeding are ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ def _slack(screen: torch.dtype, width: int) -> float:
         # Proven: a float32 sum of D products is off by at most D * eps / 2. Twice that for norms just above 1.
         return 2 * width * eps
     # Either factor is off by eps / 2 of itself. The errors of D products are independent: this is 14 of their standard deviations.
-    return eps * min(2.0, 8 / width**0.5)
+    return eps * min(2.0, 8 / math.sqrt(width))
 
 
 def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, row_Q: torch.Tensor, column_Q: torch.Tensor) -> torch.Tensor:

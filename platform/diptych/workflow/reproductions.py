@@ -17,6 +17,7 @@ from diptych.workflow import identity
 from diptych.workflow.project import Project
 
 EXPERIMENT = "diptych-claims"
+METRIC_NAMES = {"rows": "data/train/rows", "train_s": "time/train_s"}
 HEAD = """# Reproductions
 
 What each paper claims, the small experiment that should show it, and what came out here. Written by `diptych claim NAME`
@@ -51,7 +52,7 @@ def _record(tracker: tracking.Tracker, result: claims.ClaimResult) -> None:
         trial = tracker.start(
             f"{file.claim}/{row['arm']}/s{row['seed']}", tags={**group, "kind": "arm", "arm": row["arm"], "seed": str(row["seed"])}
         )
-        tracker.metrics(trial, {f"eval/{key}" if "/" in key else key: value for key, value in row.items() if isinstance(value, float)})
+        tracker.metrics(trial, {METRIC_NAMES.get(key, f"eval/{key}"): value for key, value in row.items() if isinstance(value, float)})
         tracker.end(trial)
     tracker.end(summary)
 
@@ -67,7 +68,7 @@ def _plain(result: claims.ClaimResult) -> dict[str, Any]:
         for finding in result.findings
     ]  # fmt: skip
     return {
-        "claim": file.claim, "about": file.about, "paper": file.paper, "headline": file.headline, "seeds": list(file.seeds), "shown": result.shown,
+        "claim": file.claim, "seeds": list(file.seeds), "shown": result.shown,
         "findings": findings, "wall_s": result.wall_s,
     }  # fmt: skip
 
@@ -78,10 +79,11 @@ def write(project: Project, tracker: tracking.Tracker) -> Path:
     for tags in tracking.newest_first(tracker.target, "tags.kind = 'claim'"):
         found = json.loads(tags["result"])
         newest.setdefault(found["claim"], found)
+    files = {file.stem: claims.load(file) for file in (project.root / "workflows" / "claims").glob("*.yaml")}
     path = project.root / "docs" / "REPRODUCTIONS.md"
     path.parent.mkdir(exist_ok=True)
     kept = _earlier(path)
-    kept.update({name: _entry(found) for name, found in newest.items()})
+    kept.update({name: _entry(found, files[name]) for name, found in newest.items() if name in files})
     path.write_text(HEAD + "\n" + "\n".join(kept[name] for name in sorted(kept)))
     return path
 
@@ -94,10 +96,10 @@ def _earlier(path: Path) -> dict[str, str]:
     return {part.split("\n", 1)[0].strip(): f"## {part.rstrip()}\n" for part in parts}
 
 
-def _entry(found: Mapping[str, Any]) -> str:
-    lines = [f"## {found['claim']}", "", found["about"], ""]
-    if found["paper"]:
-        lines += [f"Paper: {found['paper']}. {found['headline']}", ""]
+def _entry(found: Mapping[str, Any], file: claims.ClaimFile) -> str:
+    lines = [f"## {found['claim']}", "", file.about, ""]
+    if file.paper:
+        lines += [f"Paper: {file.paper}. {file.headline}", ""]
     lines += ["| figure | arms | difference | 95 % interval | demanded | result | values by seed |", "|---|---|---|---|---|---|---|"]
     lines += [
         f"| {f['metric']} | {f['better']} − {f['worse']} | {f['mean']:+.3f} | {f['low']:+.3f} to {f['high']:+.3f} | ≥ {f['least']:+.3f} | {'shown' if f['shown'] else 'not shown'} | {_list(f['better_values'])} against {_list(f['worse_values'])} |"

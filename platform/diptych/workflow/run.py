@@ -15,25 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diptych.core import digest
-from diptych.engine.outbox import Outbox
 from diptych.engine.pipeline import StageState
 from diptych.engine.progress import Progress, duration
 from diptych.engine.session import Session
-from diptych.engine.tracking import Target, Tracker
 from diptych.pairs import files
-from diptych.workflow import identity, phases, plan, report
+from diptych.workflow import phases, plan, report
 from diptych.workflow.project import Project
+from diptych.workflow.recorder import Recorder
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
 from diptych.workflow.store import PlainStore, Store, open_store
 
-CURVES = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "lr": "train/lr",
-    "logit_scale": "train/logit_scale",
-    "samples_per_s": "train/samples_per_s",
-}
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -87,7 +78,7 @@ def run(workflow: Workflow, options: Options) -> Outcome:
                 for phase in PHASES[: PHASES.index(options.until) + 1]:
                     state = store.state(phase)
                     if state.changed and recorder is None:
-                        recorder = Recorder(project, store, workflow, options)
+                        recorder = Recorder(project, store, workflow, options.tracking_uri)
                         recorder.open()
                     _one(phase, state, store, session, progress, recorder, outcome)
                 outcome.wall_s = time.monotonic() - started
@@ -141,7 +132,7 @@ def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress:
     else:
         outcome.report = path
     if recorder:
-        recorder.finish(outcome)
+        recorder.finish(outcome.figures, outcome.wall_s, outcome.report)
         outcome.unsent = recorder.close("FINISHED")
         outcome.tracking = recorder.tracker.target.uri
         outcome.mlflow_run = recorder.tracker.run_id(recorder.parent)
@@ -199,88 +190,6 @@ def contributions(store: Store, outcome: Outcome) -> list[str]:
             f"sweep: {sweep['tried']} settings on {sweep['chosen_on']}; {sweep['winner']} gives {sweep['metric']} {sweep['winner_value']:.3f} there"
         )
     return lines
-
-
-class Recorder:
-    """Writes one workflow run to MLflow: a parent run, a child a phase."""
-
-    def __init__(self, project: Project, store: Store, workflow: Workflow, options: Options) -> None:
-        self.store, self.workflow = store, workflow
-        self.tracker = Tracker(Target.local(project.root, "diptych", options.tracking_uri), Outbox(project.outbox))
-        self.parent = ""
-
-    def open(self) -> None:
-        """Refuses an unreachable server, then begins the parent run."""
-        self.tracker.check()
-        self.tracker.flush(force=True)
-        workflow = self.workflow
-        tags = {
-            "workflow": workflow.name,
-            "run": self.store.name,
-            "overrides": " ".join(workflow.overrides),
-            "config": digest.short(workflow.digest),
-        }
-        self.parent = self.tracker.start(self.store.name, tags={**tags, "seed": str(workflow.seed)})
-        self.tracker.params(self.parent, self._params())
-        self.tracker.watch_system(self.parent)
-
-    def _params(self) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for phase in PHASES:
-            values |= {key: value for key, value in self.workflow.params(phase).items() if value not in ([], {})}
-        return values
-
-    def phase(self, phase: str) -> str:
-        """Begins a child run."""
-        child = self.tracker.start(f"{self.store.name}/{phase}", parent=self.parent, tags={"phase": phase, "workflow": self.workflow.name})
-        params = self.workflow.params(phase)
-        self.tracker.params(child, params)
-        return child
-
-    def record(self, phase: str, child: str, figures: Mapping[str, Any]) -> None:
-        """Writes a finished phase: counts, curves, results, and the data sets it read."""
-        tracker = self.tracker
-        values = {f"time/{phase}_s": figures["wall_s"]}
-        if "kept" in figures:
-            values[f"data/{phase}/kept"] = figures["kept"]
-            values[f"data/{phase}/left"] = figures["pairs_in"] - figures["kept"]
-        if phase == "evaluate":
-            values |= {f"eval/{key}": entry["value"] for key, entry in figures["metrics"].items()}
-        for run in (child, self.parent):
-            tracker.metrics(run, values)
-        if phase == "train":
-            self._curves(child)
-            tracker.model(child, self.store.folder("train"), self.workflow.name)
-        for name in identity.INPUTS[phase]:
-            manifest = self.store.folder(name) / "manifest.json"
-            if manifest.exists():
-                tracker.dataset(
-                    child, f"{self.workflow.name}-{name}", identity.of_output(manifest.parent), manifest.parent.resolve().as_uri(), name
-                )
-        tracker.end(child)
-        tracker.flush()
-
-    def _curves(self, child: str) -> None:
-        log = self.store.home / ".records" / "steps.jsonl"
-        if log.exists():
-            records = [json.loads(line) for line in log.read_text().splitlines()]
-            for run in (child, self.parent):
-                self.tracker.series(run, records, CURVES)
-
-    def finish(self, outcome: Outcome) -> None:
-        """Attaches the report and the evaluation table to the parent run."""
-        self.tracker.metrics(self.parent, {"time/total_s": outcome.wall_s})
-        if outcome.report:
-            self.tracker.artifact(self.parent, outcome.report)
-        rows = self.store.folder("evaluate") / "rows.parquet"
-        if rows.exists():
-            self.tracker.artifact(self.parent, rows)
-
-    def close(self, status: str) -> int:
-        """Ends the parent run; gives the events that MLflow does not have yet."""
-        if self.parent:
-            self.tracker.end(self.parent, status)
-        return self.tracker.close()
 
 
 @contextmanager
