@@ -40,7 +40,7 @@ def test_a_training_on_ray_that_is_stopped_in_three_ways_is_the_uninterrupted_on
         else:
             command.stop(how)
         assert len(commands.checkpoints(project)) in (1, 2)
-        assert not (project / "runs/pool/train").exists()
+        assert not (project / "runs/pool/.records/train.json").exists()
     command = diptych(project, "run", "pool").done()
     assert "training continues from the checkpoint of step" in command.text
     command.leaves_nobody()

@@ -186,7 +186,18 @@ def _train(bench: Bench) -> Figures:
     kept_log.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(str(log), kept_log)
     shutil.rmtree(job.scratch, ignore_errors=True)
-    return {**_training_figures(summary), "rows": _train_rows(dataset), "digest": identity.of_output(job.out)}
+    return {
+        **_training_figures(summary),
+        "loss_curve": _loss_curve(kept_log),
+        "rows": _train_rows(dataset),
+        "digest": identity.of_output(job.out),
+    }
+
+
+def _loss_curve(log: Path, points: int = 32) -> list[float]:
+    """The loss at evenly spread steps, for a line in the terminal."""
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    return [round(losses[i * (len(losses) - 1) // max(1, min(points, len(losses)) - 1)], 4) for i in range(min(points, len(losses)))]
 
 
 def _training_figures(summary: Mapping[str, Any]) -> Figures:

@@ -25,6 +25,7 @@ from diptych.workflow.recorder import Recorder
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
 from diptych.workflow.store import PlainStore, Store, open_store
 
+BARS = "▁▂▃▄▅▆▇█"
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -254,12 +255,21 @@ def table(outcome: Outcome) -> str:
             f"  {key:<44} {entry['value']:>8.3f}   {entry['low']:.3f} to {entry['high']:.3f}  (n = {entry['n']:,})"
             for key, entry in metrics.items()
         ]
-    lines += _sweep_lines(outcome) + _time_lines(outcome)
+    lines += _curve_lines(outcome) + _sweep_lines(outcome) + _time_lines(outcome)
     if outcome.report:
         lines += ["", f"  report    {outcome.report}"]
     if outcome.unsent:
         lines += [f"  MLflow    did not answer: {outcome.unsent} events are kept and will be sent by the next run"]
     return "\n".join(lines)
+
+
+def _curve_lines(outcome: Outcome) -> list[str]:
+    curve = outcome.figures.get("train", {}).get("loss_curve")
+    if not curve:
+        return []
+    low, high = min(curve), max(curve)
+    bars = "".join(BARS[round((value - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for value in curve)
+    return ["", f"  loss      {curve[0]:.3f} {bars} {curve[-1]:.3f}"]
 
 
 def _sweep_lines(outcome: Outcome) -> list[str]:

@@ -1,0 +1,46 @@
+"""A disk that fills up in the middle: one sentence, nothing half done, and once there is room the same command finishes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tests.integration import commands
+from tests.integration.commands import Results
+from tests.integration.conftest import Diptych
+
+
+def mount(folder: Path, options: str) -> None:
+    """Mounts (or changes) a file system in memory."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def sized(fresh: Path) -> Iterator[Callable[[int], None]]:
+    """Sets the room, in KiB, that the project's runs have."""
+    runs = fresh / "runs"
+    runs.mkdir()
+    try:
+        mount(runs, "size=64k")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"mounting a file system is not permitted here: {error}")
+    yield lambda kibibytes: mount(runs, f"remount,size={kibibytes}k")
+    with suppress(OSError):
+        subprocess.run(["umount", "--lazy", str(runs)], check=True)
+
+
+def test_a_disk_that_fills_up_in_every_phase(fresh: Path, sized: Callable[[int], None], diptych: Diptych, expected: Results) -> None:
+    project, failed_in = fresh, []
+    for kibibytes in (64, 3_000, 16_000, 30_000, 44_000):
+        sized(kibibytes)
+        command = diptych(project, "run", "pool", "--in-process").done(4)
+        assert "The disk is full" in command.text, command.text
+        assert "bytes free" in command.text
+        assert not commands.unfinished(project)
+        failed_in.append(len(command.text.split("starting")))
+    sized(200_000)
+    diptych(project, "run", "pool", "--in-process").done()
+    assert Results.of(project / "runs/pool") == expected
