@@ -140,7 +140,7 @@ def pairs_of(run: Path) -> dict[str, str]:
 def unfinished(project: Path) -> list[Path]:
     """Half-written outputs under a name that a reader looks at, and what a stopped writer should have taken away."""
     named = [path for path in (project / "runs").glob("*/*") if path.is_dir() and path.name in PAIR_PHASES]
-    return [path for path in named if not (path / "manifest.json").exists()] + list((project / "runs").glob("*/*.partial*"))
+    return [path for path in named if not (path / "manifest.json").exists()] + list((project / "runs").glob("[!.]*/*.partial*"))
 
 
 def steps_logged(project: Path) -> int:

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
 from diptych.prune import concept_pruning as dbp
+from diptych.prune.clusters import Clusters
 from diptych.prune.concept_pruning import Config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vectors" / "concept-pruning.npz"
@@ -86,6 +87,15 @@ def test_one_concept_keeps_its_farthest(run_pass, pairs, directions) -> None:
 def test_too_small_a_share_is_refused(run_pass, pairs, directions, values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="do not reach for all concepts"):
         run_pass(Config.parse(values).build(0), [pairs(uneven(directions))])
+
+
+def test_an_empty_concept_gets_no_budget() -> None:
+    clusters = Clusters(np.eye(4, dtype=np.float32), 30)
+    sizes, distances = np.array([10, 0, 10, 10]), np.array([9.0, 0.0, 0.1, 0.1])
+    partial = np.stack([sizes, np.rint(distances / dbp.DISTANCE_UNIT).astype(np.int64)])
+    state = dbp.BudgetFold(Config(keep=5 / 30, tau=0.01)).finish(partial, clusters)
+    assert state.budget_K.tolist() == [3, 0, 1, 1]
+    assert state.complexity_K[1] == pytest.approx(np.delete(state.complexity_K, 1).mean())
 
 
 def test_a_concept_in_pieces_is_our_fault(run_pass, pairs, directions) -> None:

@@ -144,6 +144,15 @@ def test_a_coarse_screen_labels_as_an_exact_one(width: int, shift: float) -> Non
     assert ((features_ND.bfloat16() @ centroids_KD.bfloat16().t()).float().argmax(dim=1) != exact_N).any(), "the screen alone would err"
 
 
+def test_a_coarse_screen_settles_near_copies_of_high_score() -> None:
+    """A bfloat16 score near 0.9 is rounded by more than its product is off; copies that lie closer may land on either side."""
+    base_KD = unit(70, 512)
+    centroids_KD = torch.cat([base_KD, normalize(base_KD + 1e-3 * unit(70, 512, seed=1), dim=1)])
+    features_ND = normalize(base_KD.repeat(60, 1) + 0.5 * unit(4200, 512, seed=2), dim=1)
+    coarse_N, _ = _label(features_ND, centroids_KD, torch.bfloat16, 1 << 16)
+    assert torch.equal(coarse_N, assign(features_ND, centroids_KD)[0])
+
+
 def test_the_fit_does_not_depend_on_the_screen() -> None:
     features_ND = unit(800, 32)
     fits = [spherical_kmeans(features_ND, 12, 8, seed=0, screen=screen) for screen in (torch.float32, torch.bfloat16)]

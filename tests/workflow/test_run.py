@@ -158,3 +158,26 @@ def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
     again = ingest()
     assert again.ran == ["ingest"]
     assert again.reasons["ingest"] == ("the source's files changed",)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_asha_stops_poor_settings_early_and_finishes_good_ones(project: Path) -> None:
+    sweep = {
+        "space": {"train.optimizer.lr": [1e-7, 3e-3, 1e-6, 2e-3]},
+        "metric": "digits/zero-shot/acc1",
+        "search": "random",
+        "scheduler": "asha",
+        "trials": 4,
+        "choose_on": "train",
+    }
+    train = {**WORKFLOW["train"], "steps": 40, "batch_size": 32}
+    write_workflow(project / "workflows", {**WORKFLOW, "train": train, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
+    outcome = run.run(spec.load(project / "workflows/small.yaml"), run.Options(quiet=True))
+    found = outcome.figures["evaluate"]["sweep"]
+    table = pl.read_parquet(project / "runs/small/evaluate/sweep.parquet").filter(pl.col("metric") == "digits/zero-shot/acc1")
+    assert found["winner"]["train.optimizer.lr"] in (3e-3, 2e-3)
+    assert set(table["status"]) <= {"done", "stopped"}
+    finished = table.filter(pl.col("status") == "done")
+    assert finished.height >= 1
+    assert not list((project / "runs" / ".scratch").glob("small+*"))

@@ -55,8 +55,8 @@ class StoredEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How pixels were prepared; rows that differ in it are not comparable."""
-        return {"image_size": self.model.image_size, "resize": "bicubic, short side, centre crop"}
+        """How pixels were prepared; rows that differ in it are not comparable. The size is the model's own and may differ."""
+        return {"resize": "bicubic, short side, centre crop"}
 
     @property
     def logit_scale(self) -> float:

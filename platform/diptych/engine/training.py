@@ -68,7 +68,13 @@ def _saved_step(scratch: Path) -> int:
     return max((int(path.parent.name.removeprefix("step-")) for path in scratch.glob("checkpoints/step-*/state.json")), default=0)
 
 
-def work(job: Job, rank: int, world: int) -> dict[str, Any]:
+def work(
+    job: Job,
+    rank: int,
+    world: int,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """What one worker does: builds the objective and the optimizer by name and enters the loop."""
     from diptych.train.run import train
 
@@ -76,7 +82,7 @@ def work(job: Job, rank: int, world: int) -> dict[str, Any]:
     optimizer = catalogue.config_class(catalogue.find(str(job.optimizer["method"]), "optimizer")).parse(dict(job.optimizer))
     summary = train(
         job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,  # type: ignore[attr-defined]
-        init=job.init, rank=rank, world=world, device=_device(),
+        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop,
     )  # fmt: skip
     return asdict(summary)
 

@@ -12,6 +12,7 @@ from diptych.models.decay import NO_DECAY_NAMES, decays
 
 __all__ = ["NO_DECAY_NAMES", "decay_groups", "decays"]
 
+
 def decay_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups for a torch optimizer: those that decay, then those that do not; each in the given order.
 

@@ -115,7 +115,9 @@ def row_dots(left_RK: Tensor, right_RK: Tensor, out: Tensor, workspace: Workspac
     step = min(height, max(1, elements // width))
     products = workspace.take("products", (step, width), out)
     for start in range(0, height, step):
-        left, right = (whole[start : start + step].to(out.dtype) for whole in (left_RK, right_RK))
+        left, right = left_RK[start : start + step], right_RK[start : start + step]
+        if left.dtype != out.dtype:  # products of half-precision numbers need more digits than they have
+            left, right = left.to(out.dtype), right.to(out.dtype)
         torch.sum(torch.mul(left, right, out=products[: len(left)]), dim=1, out=out[start : start + step])
     return out
 

@@ -162,15 +162,15 @@ def _scout(bench: Bench, dataset: PairDataset) -> Path:
     return folder
 
 
-def _train(bench: Bench) -> Figures:
+def training_job(bench: Bench) -> training.Job:
+    """The training that the workflow describes, on the pairs that its caption phase left."""
     from diptych.train.config import TrainConfig
 
     workflow, section = bench.workflow, bench.workflow.train
     dataset = bench.dataset("caption", verify=True)
-    config = TrainConfig.parse({key: value for key, value in section.plain().items() if key in TrainConfig.model_fields})
-    job = training.Job(
+    return training.Job(
         dataset=dataset.root,
-        config=config,
+        config=TrainConfig.parse({key: value for key, value in section.plain().items() if key in TrainConfig.model_fields}),
         model=section.model,
         init=section.init,
         objective=workflow.objective.plain(),
@@ -180,6 +180,10 @@ def _train(bench: Bench) -> Figures:
         seed=workflow.seed,
         workers=section.workers,
     )
+
+
+def _train(bench: Bench) -> Figures:
+    job = training_job(bench)
     summary = training.run(job, bench.session, bench.progress)
     log = job.scratch / "steps.jsonl"
     kept_log = bench.folder("train").parent / ".records" / "steps.jsonl"
@@ -189,7 +193,7 @@ def _train(bench: Bench) -> Figures:
     return {
         **_training_figures(summary),
         "loss_curve": _loss_curve(kept_log),
-        "rows": _train_rows(dataset),
+        "rows": _train_rows(PairDataset.open(job.dataset)),
         "digest": identity.of_output(job.out),
     }
 

@@ -16,10 +16,14 @@ from diptych.core.errors import ConfigError, nearest
 from diptych.engine import evaluation, sweeps
 from diptych.engine.session import Session
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import identity, spec
+from diptych.workflow import identity, spec, trials
 
 if TYPE_CHECKING:
     from diptych.workflow.phases import Bench
+
+
+RUNGS = 4
+"""Parts of a training after which ASHA compares settings."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Trial:
     model: Path
     dataset: Path
     cache: Path
-    runs: Path
+    rungs: int
     choose_on: str
     trains: bool
     name: str
@@ -58,12 +62,8 @@ class Trial:
 
     def _models(self, setting: Mapping[str, Any]) -> Iterator[tuple[spec.Workflow, evaluation.StoredEncoder]]:
         workflow = self.workflow(setting)
-        model = self.model
-        if self.trains:
-            from diptych.workflow import trials
-
-            model = trials.train(workflow, self.runs)
-        yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache)
+        for model in trials.models(workflow, self.rungs) if self.trains else [self.model]:
+            yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache)
 
 
 def run(bench: Bench, out: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
     assert config is not None
     trial = Trial(
         dict(workflow.raw), workflow.path, bench.folder("compress").resolve(), bench.folder("ingest").resolve(), (bench.cache / "encoded").resolve(),
-        bench.folder("train").parent.resolve(), config.choose_on, any(key.startswith("train.") for key in config.space),
+        RUNGS if config.scheduler == "asha" else 1, config.choose_on, any(key.startswith("train.") for key in config.space),
         str(workflow.source.plain()["method"]),
     )  # fmt: skip
     warm(trial, bench.session)
@@ -85,7 +85,7 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
     rows = sweeps.run(
         trial, grid, {key: _axis(axis) for key, axis in config.space.items()}, sweeps.Table(scratch / "results.jsonl"), bench.session,
         search=config.search, scheduler=config.scheduler, trials=config.trials or 1, metric=config.metric, mode=config.mode,
-        seed=workflow.seed, scratch=scratch / "tune",
+        seed=workflow.seed, scratch=scratch / "tune", max_iterations=trial.rungs,
     )  # fmt: skip
     _check_metric(config.metric, rows)
     rows.sort(key=lambda row: row["id"])

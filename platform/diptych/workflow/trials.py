@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diptych.engine.progress import Progress
+from diptych.engine.rungs import interim_models
 from diptych.engine.session import Session
 from diptych.workflow import phases
 from diptych.workflow.project import Project
@@ -31,8 +35,17 @@ def run(
     return store, figures
 
 
-def train(workflow: Workflow, runs: Path) -> Path:
-    """Trains (or finds) the model of a setting and gives its directory."""
-    del runs
-    store, _ = run(workflow, "compress")
-    return store.folder("compress")
+def models(workflow: Workflow, rungs: int) -> Iterator[Path]:
+    """The model of a setting after each of `rungs` parts of its training; with one rung, or when it is known, the finished one."""
+    store, _ = run(workflow, "caption")
+    scratch = store.project.scratch / store.name
+    try:
+        if rungs > 1 and store.state("train").changed:
+            with Session(in_process=True) as session:
+                bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), scratch, store.project.cache)
+                yield from interim_models(replace(phases.training_job(bench), out=scratch / "rungs" / "model"), rungs)
+        # The last part runs as the phase itself, from the checkpoint, so that it is recorded like any other.
+        store, _ = run(workflow, "compress")
+        yield store.folder("compress")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # what a scheduler stopped early is not gone on with
