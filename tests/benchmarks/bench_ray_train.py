@@ -107,7 +107,6 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers inherit it
     training._ray_worker, untouched = noted_worker, training._ray_worker
-    noted_worker.__module__ = "__main__"
     rows: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     models: dict[str, str] = {}
     try:

@@ -22,7 +22,7 @@ from diptych.pairs.dataset import PairDataset
 MARK = "DIPTYCH_TEST_MARK"
 GONE_S = 10.0
 """No process of a run may outlive it by more than this."""
-PATIENCE_S = 200.0
+PATIENCE_S = 280.0
 """How long a test waits for what must happen: generous, for a machine that is busy with other things."""
 
 PAIR_PHASES = ("ingest", "curate", "prune", "caption")

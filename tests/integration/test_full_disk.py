@@ -12,6 +12,8 @@ from tests.integration import commands
 from tests.integration.commands import Results
 from tests.integration.conftest import Diptych
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def mount(folder: Path, options: str) -> None:
     """Mounts (or changes) a file system in memory."""

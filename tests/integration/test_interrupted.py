@@ -11,6 +11,8 @@ from tests.integration import commands
 from tests.integration.commands import Results
 from tests.integration.conftest import Diptych
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_a_killed_training_in_process_goes_on_from_its_checkpoint(before_training: Path, diptych: Diptych, expected: Results) -> None:
     project = before_training

@@ -11,6 +11,8 @@ from tests.integration import commands
 from tests.integration.commands import Command, Results
 from tests.integration.conftest import Diptych
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def kill_one(command: Command, name: str, ready: object) -> None:
     """`kill -9` of the first process of that name that is seen at work once `ready` is true."""

@@ -21,6 +21,8 @@ MISTAKEN = {
     "train": {**WORKFLOW["train"], "model": "digits-61", "optimizer": {"method": "adamw", "learning_rate": 1}},
 }
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_five_mistakes_are_refused_together_and_nothing_is_started(tmp_path: Path, diptych: Diptych) -> None:
     project = make_project(tmp_path / "project", WORKFLOW)

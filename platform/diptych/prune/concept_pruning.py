@@ -94,7 +94,7 @@ class BudgetFold(Fold):
         share_K = target_distribution(complexity_K, config.tau)
         keep_n = int(config.keep * int(size_K.sum()))
         lower_K, upper_K = budget_bounds(size_K, keep_n, config.balance_ratio)
-        pass
+        lower_K = np.maximum(lower_K, 0)
         if not max(1, lower_K.sum()) <= keep_n:
             raise ConfigError.at(
                 "The pairs to keep do not reach for all concepts", "keep", f"{config.keep}: {keep_n} of {size_K.sum()} pairs",
