@@ -10,6 +10,7 @@ the time from `training.run` to the first step is shown: what it costs to start 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -48,8 +49,7 @@ def ingest(folder: Path) -> None:
 def note_times(scratch: Path) -> None:
     """Makes `train` of this process leave `times.json`: when this was called, when the loop began (wall clock), and the CPU it took."""
     called = time.time()
-    from diptych.train import run
-
+    run: Any = importlib.import_module("diptych.train.run")
     fit = run.fit
 
     def noted(*arguments: Any) -> Any:

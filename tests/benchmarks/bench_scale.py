@@ -91,17 +91,11 @@ def table(start: int, rows: int, vocabulary: pl.Series) -> pl.DataFrame:
     drawn = vocabulary.gather(rank.ravel()).reshape((rows, 12))
     frame = pl.DataFrame({"number": np.arange(start, start + rows), "words": drawn, "length": rng.integers(30, 61, rows)})
     text = pl.col("words").arr.join(" ").str.slice(0, pl.col("length"))
-    image = {
-        "shard": pl.lit("s"),
-        "offset": pl.col("number") % 400 * 1024 + 512,
-        "size": pl.lit(300),
-        "width": pl.lit(16),
-        "height": pl.lit(16),
-    }
+    image = pl.struct(shard=pl.lit("s"), offset=pl.col("number") % 400 * 1024 + 512, size=pl.lit(300), width=pl.lit(16), height=pl.lit(16))
     caption = pl.struct(text=text, source=pl.lit("alt"), score=pl.lit(None, pl.Float32))
     return frame.select(
         key=pl.format("pair-{}", pl.col("number").cast(pl.String).str.zfill(9)),
-        image=pl.struct(**image).cast(IMAGE),
+        image=image.cast(IMAGE),
         captions=pl.concat_list(caption).cast(CAPTIONS),
         split=pl.lit("train"),
     )

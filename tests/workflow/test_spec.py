@@ -90,7 +90,7 @@ def test_yaml_is_1_2_and_refuses_a_key_twice() -> None:
     assert data == {"a": 3e-4, "b": "no", "e": "2026-01-01"}
     with pytest.raises(ConfigError, match="stands twice"):
         yaml.parse("a: 1\na: 2\n", "w.yaml")
-    with pytest.raises(ConfigError, match="w.yaml:3"):
+    with pytest.raises(ConfigError, match=r"w\.yaml:3"):
         yaml.parse("a: 1\nb: [1, 2\nc: 3\n", "w.yaml")
 
 

@@ -24,6 +24,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
@@ -32,6 +33,9 @@ QUIET = {
     "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
 }
 """Ray's settings for a calm log, set before Ray is imported; what the user has set stays."""
+
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""What a session on this machine does without: nobody takes it away with notice, and the watcher is one process more a training."""
 
 START_TRIES = 2
 
@@ -90,6 +94,8 @@ class Session:
         elif os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             options["address"] = os.environ.get("RAY_ADDRESS", "auto")
         else:
+            for name, value in LOCAL.items():
+                os.environ.setdefault(name, value)
             options |= {"num_cpus": self.cores or usable_cores(), "include_dashboard": False, "object_store_memory": 400 * 2**20}
         for attempt in range(START_TRIES):
             try:

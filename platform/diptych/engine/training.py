@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 MAX_FAILURES = 3
-START_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
