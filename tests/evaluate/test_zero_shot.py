@@ -236,7 +236,9 @@ def test_configuration_round_trips():
 def test_the_worst_class_is_reported_where_every_class_can_be_judged():
     rng = np.random.default_rng(0)
     label = np.repeat([0, 1], [20, 12])
-    pairs = pl.DataFrame({"key": [f"k{i}" for i in range(32)], "label": label, "label_name": np.array(["cat", "dog"])[label], "split": "test"})
+    pairs = pl.DataFrame(
+        {"key": [f"k{i}" for i in range(32)], "label": label, "label_name": np.array(["cat", "dog"])[label], "split": "test"}
+    )
     right = np.where(label == 0, 1.0, rng.permuted(np.arange(32) % 2))
 
     class Fixed:

@@ -172,7 +172,9 @@ def test_asha_stops_poor_settings_early_and_finishes_good_ones(project: Path) ->
         "choose_on": "train",
     }
     train = {**WORKFLOW["train"], "steps": 40, "batch_size": 32}
-    write_workflow(project / "workflows", {**WORKFLOW, "train": train, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
+    write_workflow(
+        project / "workflows", {**WORKFLOW, "train": train, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}}
+    )
     outcome = run.run(spec.load(project / "workflows/small.yaml"), run.Options(quiet=True))
     found = outcome.figures["evaluate"]["sweep"]
     table = pl.read_parquet(project / "runs/small/evaluate/sweep.parquet").filter(pl.col("metric") == "digits/zero-shot/acc1")

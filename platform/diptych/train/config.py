@@ -30,7 +30,10 @@ class TrainConfig(Config):
         default="uniform", description="one of a pair's captions, drawn anew each visit, or its first"
     )
     original: float | None = Field(
-        default=None, ge=0, le=1, description="share of visits that see a pair's first caption; the others draw from the rest; null: uniform"
+        default=None,
+        ge=0,
+        le=1,
+        description="share of visits that see a pair's first caption; the others draw from the rest; null: uniform",
     )
     tags: bool = Field(default=False, description="draw from captions of the source `tag` too; false: only for pairs that have no other")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")

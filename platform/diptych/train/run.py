@@ -110,7 +110,15 @@ def train(
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
         total_steps = config.total_steps(loader.steps_per_epoch)
         precision = resolved_precision(config.precision, device)
-        identity = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision, **_recipe(config, state)}
+        identity = {
+            "dataset": dataset.digest,
+            "split": split,
+            "model": model_name,
+            "init": init,
+            "seed": seed,
+            "precision": precision,
+            **_recipe(config, state),
+        }
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step

@@ -52,7 +52,9 @@ class Config(BaseConfig):
     seed: int = Field(
         0, ge=0, lt=2**63, description="names the draws: which pictures are for training, the pool's classes, texts and noise"
     )
-    train: int = Field(PICTURES - TEST, ge=10, le=PICTURES - TEST, description="pictures of the training share; never one of the test split")
+    train: int = Field(
+        PICTURES - TEST, ge=10, le=PICTURES - TEST, description="pictures of the training share; never one of the test split"
+    )
     size_px: int = Field(16, ge=SIDE_PX, le=256, description="side of the picture in pixels, a multiple of 8: every pixel becomes a square")
     rows: int = Field(12_000, ge=10, le=1_000_000, description="zipf-junk: pairs of the pool")
     exponent: float = Field(2.0, ge=0, le=10, description="zipf-junk: frequency of a class is 1 / rank^exponent")
