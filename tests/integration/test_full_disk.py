@@ -34,17 +34,18 @@ def sized(fresh: Path) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "--lazy", str(runs)], check=True)
 
 
-def test_a_disk_that_fills_up_in_every_phase(fresh: Path, sized: Callable[[int], None], diptych: Diptych, expected: Results) -> None:
+def test_a_disk_that_fills_up_in_one_phase_after_another(
+    fresh: Path, sized: Callable[[int], None], diptych: Diptych, expected: Results
+) -> None:
     project, phases = fresh, []
-    for kibibytes in (64, 13_000, 20_000, 31_000, 44_000):
+    for kibibytes in (64, 12_500, 36_000):
         sized(kibibytes)
         command = diptych(project, "run", "pool", "--in-process").done(4)
         assert "The disk is full" in command.text, command.text
         assert "bytes free" in command.text
         assert not commands.unfinished(project)
         phases += [line.split()[0] for line in command.text.splitlines() if line.endswith("starting")][-1:]
-        print(kibibytes, command.text)
-    print(phases)
+    assert phases == ["ingest", "prune", "train"]
     sized(200_000)
     diptych(project, "run", "pool", "--in-process").done()
     assert Results.of(project / "runs/pool") == expected

@@ -270,7 +270,7 @@ class _FoldTask:
         part = method.folds()[self.number].map(_batch(self.place, pl.read_parquet(table), method), self.state)
         if isinstance(part, np.ndarray) and part.dtype != object:
             partial = path.with_suffix(".partial.npz")
-            np.savez(partial, partial=part)
+            np.savez_compressed(partial, partial=part)  # counts are mostly zeros
             partial.replace(path)
         return part
 

@@ -129,7 +129,8 @@ class AdamP(_Projecting):
 
     What is not projected takes torch's fused AdamW kernel, so a model without scale-invariant weights costs a fused AdamW and the
     test. Scalars and vectors are never projected. Complex and sparse gradients are refused. Memory: two moments a parameter; during
-    a step, one buffer (two under nesterov) of the size of the largest projected weight. One host sync a group and dtype.
+    a step, one buffer (two under nesterov) of the size of the largest projected weight. One host sync a group and dtype; under
+    nesterov one more a weight, to read its count of steps.
 
     Args:
         params: parameters or groups, as for any torch optimizer.

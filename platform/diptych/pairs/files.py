@@ -48,7 +48,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         if not _from_full_disk(error, folder):
             raise
         raise ResourceError.at(
-            "The disk is full", folder, f"<{_free_bytes(folder):,} bytes free: {error}>", "room for the run",
+            "The disk is full", folder, f"<{_free_bytes(folder):,} bytes free by now: {error}>", "room for the run",
             "free space, then give the same command: it continues from here",
         ) from error  # fmt: skip
 

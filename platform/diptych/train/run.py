@@ -110,15 +110,8 @@ def train(
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
         total_steps = config.total_steps(loader.steps_per_epoch)
         precision = resolved_precision(config.precision, device)
-        identity = {
-            "dataset": dataset.digest,
-            "split": split,
-            "model": model_name,
-            "init": init,
-            "seed": seed,
-            "precision": precision,
-            **_recipe(config, state),
-        }
+        made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
+        identity = {**made_of, **_recipe(config, state)}
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
@@ -132,12 +125,8 @@ def train(
             seed=seed,
             log=scratch / "steps.jsonl",
             checkpoints=checkpoints,
-            rank=rank,
-            world=world,
-            device=device,
-            on_log=on_log,
-            should_stop=should_stop,
-        )
+            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop,
+        )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
             _refuse_short_run(state, total_steps * config.batch_size)

@@ -42,12 +42,13 @@ class Trial:
 
     def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
         """The metrics of a setting on the split that the winner is chosen on."""
-        for workflow, encoder in self._models(setting):
-            yield values(evaluation.measure(encoder, on_split(workflow, self.choose_on), self.name, workflow.seed))
+        for workflow, encoder, finished in self._models(setting):
+            found = values(evaluation.measure(encoder, on_split(workflow, self.choose_on), self.name, workflow.seed))
+            yield {**found, sweeps.FINISHED: float(finished)}
 
     def final(self, setting: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """The metrics of a setting as the workflow itself reports them, with intervals."""
-        workflow, encoder = list(self._models(setting))[-1]
+        workflow, encoder, _ = list(self._models(setting))[-1]
         found = evaluation.measure(encoder, workflow.benchmarks, self.name, workflow.seed)
         return {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in found}
 
@@ -60,10 +61,10 @@ class Trial:
         overrides = tuple(f"{key}={value}" for key, value in sorted(setting.items()))
         return spec.check(raw, self.path, overrides)
 
-    def _models(self, setting: Mapping[str, Any]) -> Iterator[tuple[spec.Workflow, evaluation.StoredEncoder]]:
+    def _models(self, setting: Mapping[str, Any]) -> Iterator[tuple[spec.Workflow, evaluation.StoredEncoder, bool]]:
         workflow = self.workflow(setting)
-        for model in trials.models(workflow, self.rungs) if self.trains else [self.model]:
-            yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache)
+        for model, finished in trials.models(workflow, self.rungs) if self.trains else [(self.model, True)]:
+            yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache), finished
 
 
 def run(bench: Bench, out: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +37,34 @@ def run(
     return store, figures
 
 
-def models(workflow: Workflow, rungs: int) -> Iterator[Path]:
-    """The model of a setting after each of `rungs` parts of its training; with one rung, or when it is known, the finished one."""
-    store, _ = run(workflow, "caption")
-    scratch = store.project.scratch / store.name
-    try:
-        if rungs > 1 and store.state("train").changed:
-            with Session(in_process=True) as session:
-                bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), scratch, store.project.cache)
-                yield from interim_models(replace(phases.training_job(bench), out=scratch / "rungs" / "model"), rungs)
-        # The last part runs as the phase itself, from the checkpoint, so that it is recorded like any other.
-        store, _ = run(workflow, "compress")
-        yield store.folder("compress")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # what a scheduler stopped early is not gone on with
+def models(workflow: Workflow, rungs: int) -> Iterator[tuple[Path, bool]]:
+    """The model of a setting after each of `rungs` parts of its training, and whether it is the finished one.
+
+    With one rung, or when the setting was trained before, only the finished one. Two trials of one setting wait for each other.
+    """
+    project = Project.find(workflow.path.parent)
+    store = KeyedStore(project, workflow)
+    scratch = project.scratch / store.name
+    with _alone(project.scratch / f"{store.name}.lock"):
+        try:
+            store, _ = run(workflow, "caption")
+            if rungs > 1 and store.state("train").changed:
+                with Session(in_process=True) as session:
+                    bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), scratch, project.cache)
+                    job = replace(phases.training_job(bench), out=scratch / "rungs" / "model")
+                    for folder in interim_models(job, rungs):
+                        yield folder, False
+            # The last part runs as the phase itself, from the checkpoint, so that it is recorded like any other.
+            store, _ = run(workflow, "compress")
+            yield store.folder("compress"), True
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # what a scheduler stopped early is not gone on with
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock file while the body runs; the system lets go of it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
