@@ -4,6 +4,10 @@
 
 Two cases: no weight is scale-invariant, and every matrix is (channel view). Rounds are interleaved, the best of each counts.
 
+The peers take fresh memory for every intermediate result, so their time depends on the allocator. Where it keeps freed blocks (glibc with
+MALLOC_MMAP_THRESHOLD_=100000000 MALLOC_TRIM_THRESHOLD_=1000000000) they are up to four times faster, ours is the same, and the ratio to the
+authors falls below the target in three cases: AdamP projected, SGDP projected and SGDP not projected. Run both before quoting a figure.
+
 The peers take new memory for intermediate results in every step, ours keeps it for the step. What that costs a peer depends on the C
 library's allocator and on what ran before: so every case has a process of its own, once as the C library comes, and once told to keep
 freed memory (glibc only), which leaves arithmetic alone to compare. The targets were set for the library as it comes.

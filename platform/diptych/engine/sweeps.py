@@ -17,6 +17,9 @@ from typing import Any, Literal
 from diptych.core import digest
 from diptych.engine.session import Session
 
+FINISHED = "finished"
+"""Among a setting's metrics: 1 when they are those of the whole training, 0 on the way."""
+
 Setting = dict[str, Any]
 Evaluate = Callable[[Setting], Iterator[Mapping[str, float]]]
 """Gives the metrics of a setting: once, or several times as training goes on; the last ones count."""
@@ -87,7 +90,11 @@ def _evaluate_one(evaluate: Evaluate, setting: Setting, table: Table) -> None:
     except Exception as error:
         table.append(setting, "error", last, repr(error))
         raise
-    table.append(setting, "done", last)
+    table.append(setting, "done", _measured(last))
+
+
+def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != FINISHED}
 
 
 def _grid(evaluate: Evaluate, settings: Sequence[Setting], table: Table, session: Session, scratch: Path) -> None:
@@ -104,7 +111,7 @@ def _grid(evaluate: Evaluate, settings: Sequence[Setting], table: Table, session
             metrics: Mapping[str, float] = {}
             for metrics in work(setting):  # noqa: B007 - the last one counts
                 pass
-            rows.append({"setting": setting, "metrics": dict(metrics)})
+            rows.append({"setting": setting, "metrics": _measured(metrics)})
         tune.report({"rows": json.dumps(rows)})
 
     results = _tuner(trial, {"slice": tune.grid_search(list(range(slices)))}, scratch, tune.TuneConfig()).fit()
@@ -131,9 +138,9 @@ def _search(
         work, keys = ray.get(shared)
         setting = {key: config[f"axis{i}"] for i, key in enumerate(keys)}
         for iteration, metrics in enumerate(work(setting), start=1):
-            tune.report(
-                {"score": metrics[metric], "iteration": iteration, "all": json.dumps(dict(metrics)), "setting": json.dumps(setting)}
-            )
+            finished = metrics.get(FINISHED, 1.0)
+            rest = json.dumps(_measured(metrics))
+            tune.report({"score": metrics[metric], "iteration": iteration, FINISHED: finished, "all": rest, "setting": json.dumps(setting)})
 
     axes = {f"axis{i}": _axis(tune, space[name]) for i, name in enumerate(names)}
     config = tune.TuneConfig(
@@ -145,7 +152,7 @@ def _search(
         if result.error is not None or "setting" not in (result.metrics or {}):
             table.append({"trial": str(result.path)}, "error", {}, repr(result.error))
             continue
-        status = "done" if result.metrics["iteration"] >= max_iterations else "stopped"
+        status = "done" if result.metrics[FINISHED] else "stopped"
         table.append(json.loads(result.metrics["setting"]), status, json.loads(result.metrics["all"]))
 
 

@@ -90,7 +90,8 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     _check_metric(config.metric, rows)
     rows.sort(key=lambda row: row["id"])
-    best = (max if config.mode == "max" else min)(rows, key=lambda row: row["metrics"][config.metric])
+    finished = [row for row in rows if row["status"] == "done"] or rows
+    best = (max if config.mode == "max" else min)(finished, key=lambda row: row["metrics"][config.metric])
     table(rows).write_parquet(out / "sweep.parquet")
     return {
         "metric": config.metric, "chosen_on": config.choose_on, "tried": len(rows), "winner": best["setting"],
