@@ -23,7 +23,7 @@ def test_a_killed_training_in_process_goes_on_from_its_checkpoint(before_trainin
     command = diptych(project, "run", "pool", "--in-process").done()
     found = re.search(r"training continues from the checkpoint of step (\d+)", command.text)
     assert found, command.text
-    assert 40 <= int(found[1]) < 120
+    assert 40 <= int(found[1]) < 150
     assert f"from step {found[1]} on" in command.text
     assert Results.of(project / "runs/pool") == expected
     assert not list((project / "runs/.scratch").glob("pool/*")), "nothing is kept of a training that is done"
@@ -36,7 +36,8 @@ def test_a_training_on_ray_that_is_stopped_in_three_ways_is_the_uninterrupted_on
     before_training: Path, diptych: Diptych, expected: Results
 ) -> None:
     project = before_training
-    for how, step in ((signal.SIGINT, 15), (signal.SIGTERM, 45), (signal.SIGKILL, 75)):
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        step = commands.steps_logged(project) + 10  # more than the run before had done
         command = diptych(project, "run", "pool")
         command.until(lambda step=step: commands.steps_logged(project) > step, f"step {step}")
         if how == signal.SIGKILL:
