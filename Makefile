@@ -1,5 +1,6 @@
 # make quickstart   install, then run the whole corridor on the shipped emoji
 # make test         install, then the tests
+# make faults      kill, interrupt and fill up real runs (not part of make test)
 # make ui | lint | bench | claims
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install quickstart test ui lint bench claims lock clean
+.PHONY: help install quickstart test faults ui lint bench claims lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,7 +36,11 @@ quickstart: install
 	$(BIN)/diptych run workflows/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/integration
+
+# Kills drivers and workers, fills disks, interrupts: minutes on an idle machine, and not on a busy one.
+faults: install
+	$(BIN)/python -m pytest tests/integration
 
 ui: install
 	$(BIN)/diptych ui
