@@ -19,9 +19,16 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _first_import_path() -> list[str]:
+    return list(sys.path)
+
+
 @pytest.fixture(autouse=True)
-def _import_path() -> Iterator[None]:
-    """Puts `sys.path` back: MLflow adds the code of every model that it loads, and processes started later would import that."""
-    before = list(sys.path)
+def _import_path(_first_import_path: list[str]) -> Iterator[None]:
+    """Puts `sys.path` back: MLflow adds the code of every model that it loads, and processes started later would import that.
+
+    The path is that of the session's start, not of the test's: a fixture of a whole module may have loaded a model before.
+    """
     yield
-    sys.path[:] = before
+    sys.path[:] = _first_import_path
