@@ -67,6 +67,20 @@ def test_a_second_run_is_cached_and_a_lost_output_comes_back_from_dvc(project: P
     assert (project / "runs/small/train/open_clip_model.safetensors").exists()
 
 
+def test_a_plan_of_a_changed_file_says_what_runs_and_what_it_takes(project: Path, done: run.Outcome) -> None:
+    rows = done.figures["ingest"]["pairs_in"]
+    write_workflow(project / "workflows", {**WORKFLOW, "data": {**WORKFLOW["data"], "seed": 5}})
+    store, lines = plan.plan(spec.load(project / "workflows/small.yaml"))
+    assert all(line.state.changed for line in lines)
+    ingest, train = lines[0].cost, lines[4].cost
+    assert ingest.rows == pytest.approx(rows, rel=0.2)
+    assert train.steps == WORKFLOW["train"]["steps"]
+    assert train.seconds
+    assert train.memory_bytes
+    assert train.written_bytes
+    assert "nothing to measure" not in plan.text(store, lines)
+
+
 def test_a_changed_training_parameter_runs_training_and_evaluation_alone(project: Path, done: run.Outcome) -> None:
     lock = (project / "dvc.lock").read_bytes()
     workflow = spec.load(project / "workflows/small.yaml", ["train.optimizer.lr=3e-3"])

@@ -95,6 +95,13 @@ def run(
     return dataset
 
 
+def count(configs: Sequence[Config], seed: int) -> int:
+    """How often `run` goes over the tables: once for the split, then features, folds and verdicts of every method."""
+    methods: list[PairMethod] = [config.build(seed) for config in configs]  # type: ignore[attr-defined]
+    each = [("features" in method.needs) + len(method.folds()) + (1 if type(method).group is PairMethod.group else 3) for method in methods]
+    return 1 + sum(each) if methods else 0
+
+
 def _assemble(source: PairDataset, tables: Sequence[Path], work: Path, methods: int, record: PhaseRecord, out: Path) -> PairDataset:
     rejects = sorted(work.glob("*/left-*.parquet"), key=lambda path: (path.name, path.parent.name)) if methods else []
     by_table: dict[str, list[Path]] = {}

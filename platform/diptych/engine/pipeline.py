@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Pipeline:
     def state(self, phase: str) -> StageState:
         """Whether a stage must run, in words. Content is compared, not time stamps."""
         stage = self._stages[phase]
-        with self._inside():
+        with nullcontext() if self._repo.lock.is_locked else self.locked(), self._inside():
             status = stage.status(check_updates=True) if stage.changed() else {}
         return StageState(phase, tuple(_reasons(status.get(stage.addressing, []))))
 

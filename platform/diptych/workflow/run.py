@@ -19,7 +19,7 @@ from diptych.engine.pipeline import StageState
 from diptych.engine.progress import Progress, duration
 from diptych.engine.session import Session
 from diptych.pairs import files
-from diptych.workflow import phases, plan, report
+from diptych.workflow import costs, phases, report
 from diptych.workflow.project import Project
 from diptych.workflow.recorder import Recorder
 from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
@@ -102,8 +102,7 @@ def _one(
         return
     assert recorder is not None
     progress.start(phase)
-    predicted = plan.predict(phase, store).seconds
-    predicted = plan.with_startup(phase, predicted, session)
+    predicted = costs.predict(phase, store, starts_ray=not session.started, in_process=session.in_process).seconds
     figures = run_phase(phase, store, session, progress, recorder, {"predicted_s": predicted})
     outcome.figures[phase] = figures
     outcome.ran.append(phase)
