@@ -120,6 +120,44 @@ def test_model_encoder_reads_pixels_in_blocks(model, monkeypatch):
     assert ModelEncoder(model, load_pixels, settings={"crop": "centre"}).settings == {"crop": "centre"}
 
 
+class Darker:
+    """Halves pictures whose key ends in an even digit, and notes what it was given."""
+
+    tag = "darker"
+
+    def __init__(self):
+        self.keys = []
+
+    def __call__(self, keys, image_NHWC):
+        self.keys += keys
+        assert image_NHWC.shape == (len(keys), 4, 4, 3)
+        even = np.array([int(key[-1]) % 2 == 0 for key in keys])
+        return np.where(even[:, None, None, None], image_NHWC // 2, image_NHWC).astype(np.uint8)
+
+
+def test_model_encoder_encodes_transformed_pictures(model, monkeypatch):
+    monkeypatch.setattr(encode, "READ", 3)
+    image = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 4), dtype=np.uint8)
+    image.flags.writeable = False
+    pairs = pl.DataFrame({"key": [f"k{i}" for i in range(7)], "row": list(range(7))})
+    darker = Darker()
+    found = ModelEncoder(model, lambda rows: image[rows["row"].to_numpy()]).images(pairs, darker)
+    assert darker.keys == pairs["key"].to_list()
+    halved = np.where((np.arange(7) % 2 == 0)[:, None, None, None], image // 2, image)
+    assert found == pytest.approx(encode_images(model, [halved]), abs=1e-6)
+
+
+def test_a_transform_that_changes_the_shape_is_a_bug():
+    class Cropped:
+        tag = "cropped"
+
+        def __call__(self, keys, image_NHWC):
+            return image_NHWC[:, 1:]
+
+    with pytest.raises(AssertionError, match="cropped"):
+        list(encode.transformed([np.zeros((2, 3, 4, 4), np.uint8)], ["a", "b"], Cropped()))
+
+
 def test_another_tokenizer_is_left_alone(model):
     """Its end token need not have the largest id, so its batches are neither sorted nor cut."""
     ids = np.array([[5, 9, 1, 0], [5, 1, 0, 0], [9, 5, 1, 0]])

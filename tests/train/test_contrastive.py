@@ -132,3 +132,58 @@ def test_the_logit_scale_is_clamped_after_the_step(before: float, after: float) 
     Contrastive(model, TinyLoss()).after_step()
     assert model.logit_scale.item() == pytest.approx(after)
     assert model.logit_scale.requires_grad
+
+
+class Picky(nn.Module):
+    """Asks for one tower, encodes further pictures itself, and follows the model's temperature."""
+
+    def __init__(self, *encodes: str) -> None:
+        super().__init__()
+        self.encodes, self.followed = encodes, []
+
+    def forward(self, encoded):  # type: ignore[no-untyped-def]
+        self.seen = encoded
+        view_ND = encoded.encode_image(encoded.batch["image_NCHW"].flip(3), normalize=False)
+        self.view_ND, self.text_ND = view_ND, encoded.encode_text(encoded.batch["text_NL"])
+        return {"loss": view_ND.square().mean() + (encoded.image_ND**3).sum() + self.text_ND.sum()}
+
+    def after_step(self, step: int, model: nn.Module) -> None:
+        self.followed.append((step, model))
+
+
+def test_only_the_towers_asked_for_are_encoded() -> None:
+    tensors = batch()
+    for encodes, shapes in (((), [(0, 0), (0, 0)]), (("image",), [(16, 16), (0, 0)]), (("text",), [(0, 0), (16, 16)])):
+        objective = Picky(*encodes)
+        Contrastive(TinyEncoder(), objective).losses(tensors, 0)
+        assert [tuple(feature.shape) for feature in (objective.seen.image_ND, objective.seen.text_ND)] == shapes
+
+
+def test_an_objective_encodes_further_pictures_as_the_loop_does() -> None:
+    tensors = batch()
+    found = {}
+    for accumulate in (1, 4):
+        model, objective = TinyEncoder(dropout=0.0), Picky("image")
+        Contrastive(model, objective, accumulate).losses(tensors, 0)["loss"].backward()
+        calls = model.calls
+        found[accumulate] = (objective.view_ND.detach(), objective.text_ND.detach(), model.image[1].weight.grad)
+        expected = model.encode_image(tensors["image_NCHW"].flip(3), normalize=False)
+        torch.testing.assert_close(objective.view_ND, expected)
+        assert expected.norm(dim=1).std() > 0
+        assert calls == (2 if accumulate == 1 else 16)
+    for whole, parts in zip(found[1], found[4], strict=True):
+        torch.testing.assert_close(parts, whole)
+    bf16 = Picky()
+    Contrastive(TinyEncoder(dropout=0.0), bf16, 1, "bf16").losses({**tensors}, 0)
+    assert bf16.view_ND.dtype == torch.float32
+    assert not torch.equal(bf16.view_ND, found[1][0])
+    torch.testing.assert_close(bf16.view_ND, found[1][0], rtol=0.05, atol=0.02)
+
+
+def test_the_objective_is_told_of_every_update() -> None:
+    model, objective = TinyEncoder(), Picky()
+    task = Contrastive(model, objective)
+    for step in (4, 5):
+        task.losses(batch(), step)
+        task.after_step()
+    assert objective.followed == [(5, model), (6, model)]

@@ -8,9 +8,10 @@ from PIL import Image
 from tiny import MemoryReader, WordTokenizer, drawings, encoded, table
 
 from diptych.core.errors import ConfigError, DataError
+from diptych.core.points import Wants
 from diptych.pairs.decode import decode_train
 from diptych.train.config import TrainConfig
-from diptych.train.loader import Batch, PairLoader
+from diptych.train.loader import PLAIN, Batch, PairLoader
 
 SETTINGS = {
     "epochs": 2,
@@ -19,9 +20,30 @@ SETTINGS = {
 }
 
 
-def loader(frame: pl.DataFrame, reader: MemoryReader, *, rank: int = 0, world: int = 1, seed: int = 0, **changes: object) -> PairLoader:
+def loader(
+    frame: pl.DataFrame,
+    reader: MemoryReader,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    wants: Wants = PLAIN,
+    tokenizer: WordTokenizer | None = None,
+    **changes: object,
+) -> PairLoader:
     config = TrainConfig.parse({**SETTINGS, **changes})
-    return PairLoader(frame, reader, WordTokenizer(), 8, config, seed=seed, rank=rank, world=world)
+    return PairLoader(frame, reader, tokenizer or WordTokenizer(), 8, config, seed=seed, rank=rank, world=world, wants=wants)
+
+
+class Spy(WordTokenizer):
+    """Keeps the texts that it was asked for, a list a call."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def encode_cut(self, texts: list[str]) -> np.ndarray:
+        self.seen.append(texts)
+        return super().encode_cut(texts)
 
 
 def tensors(batches: list[Batch]) -> dict[str, list[torch.Tensor]]:
@@ -108,19 +130,11 @@ def test_without_augmentation_a_picture_is_its_whole_self() -> None:
 def test_captions_are_drawn_per_visit_or_are_the_first() -> None:
     frame, reader = drawings(40)
 
-    class Spy(WordTokenizer):
-        def __init__(self) -> None:
-            self.seen: list[str] = []
-
-        def encode_cut(self, texts: list[str]) -> np.ndarray:
-            self.seen += texts
-            return super().encode_cut(texts)
-
     def seen(caption: str) -> list[str]:
         spy = Spy()
         config = TrainConfig.parse({**SETTINGS, "caption": caption, "batch_size": 40})
         list(PairLoader(frame, reader, spy, 8, config, seed=0).batches(0, 10))
-        return spy.seen
+        return [text for texts in spy.seen for text in texts]
 
     assert all(text.startswith("a ") for text in seen("first"))
     drawn = seen("uniform")
@@ -195,3 +209,110 @@ def test_reader_errors_name_the_pair() -> None:
     with pytest.raises(DataError, match="pair-") as error:
         loader(frame, Broken()).batch(0)  # type: ignore[arg-type]
     assert "gone" in str(error.value)
+
+
+VIEWS = Wants(views=("weak", "strong"), columns=("label", "weight"), captions=1)
+
+
+def weighted(frame: pl.DataFrame) -> pl.DataFrame:
+    weight = [None if row % 3 == 0 else row / 10 for row in range(frame.height)]
+    return frame.with_columns(weight=pl.Series(weight), label=pl.when(pl.col("label") < 5).then("label"))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_an_objective_gets_what_it_wants_and_the_rest_stays_as_it_was(cache_bytes: int) -> None:
+    frame, reader = drawings(40)
+    frame = weighted(frame)
+    plain = list(loader(frame, reader, cache_bytes=cache_bytes).batches(0, 5))
+    rich = list(loader(frame, reader, cache_bytes=cache_bytes, wants=VIEWS).batches(0, 5))
+    assert plain[0].tensors.keys() == {"image_NCHW", "text_NL", "row_N"}
+    assert rich[0].tensors.keys() == plain[0].tensors.keys() | {"view0_NCHW", "view1_NCHW", "label_N", "weight_N", "text1_NL"}
+    assert same(plain, [Batch({name: batch.tensors[name] for name in plain[0].tensors}, 0, 0) for batch in rich])
+    for batch in rich:
+        image, weak, strong = (batch.tensors[name] for name in ("image_NCHW", "view0_NCHW", "view1_NCHW"))
+        assert weak.dtype == strong.dtype == torch.uint8
+        assert weak.shape == strong.shape == image.shape
+        for left, right in ((image, weak), (image, strong), (weak, strong)):
+            assert (left != right).flatten(1).any(dim=1).all()
+
+
+def test_columns_hold_the_rows_numbers_and_say_where_there_is_none() -> None:
+    frame, reader = drawings(40)
+    frame = weighted(frame)
+    batch = loader(frame, reader, wants=VIEWS, batch_size=40).batch(0).tensors
+    rows = frame[batch["row_N"].numpy()]
+    assert batch["label_N"].dtype == torch.int64
+    assert batch["label_N"].tolist() == rows["label"].fill_null(-1).to_list()
+    assert -1 in batch["label_N"]
+    assert batch["weight_N"].dtype == torch.float32
+    assert batch["weight_N"].isnan().tolist() == rows["weight"].is_null().to_list()
+    assert batch["weight_N"].nansum().item() == pytest.approx(rows["weight"].sum())
+
+
+def test_views_are_the_same_for_any_ranks_and_order_and_others_in_the_next_epoch() -> None:
+    frame, reader = drawings(40)
+    wants = Wants(views=("strong", "strong"))
+    whole = loader(frame, reader, wants=wants).batch(3).tensors
+    parts = [loader(frame, reader, rank=rank, world=2, wants=wants).batch(3).tensors for rank in (0, 1)]
+    for view in ("view0_NCHW", "view1_NCHW"):
+        assert torch.equal(torch.cat([part[view] for part in parts]), whole[view])
+    assert not torch.equal(whole["view0_NCHW"], whole["view1_NCHW"])
+    one_batch = {"batch_size": 40, "wants": wants}
+    forth, back = loader(frame, reader, **one_batch).batch(0).tensors, loader(frame.reverse(), reader, **one_batch).batch(0).tensors
+    order, reverse = forth["row_N"].argsort(), (39 - back["row_N"]).argsort()
+    assert torch.equal(forth["view1_NCHW"][order], back["view1_NCHW"][reverse])
+    later = loader(frame, reader, **one_batch).batch(1).tensors
+    assert not torch.equal(forth["view1_NCHW"][order], later["view1_NCHW"][later["row_N"].argsort()])
+
+
+def test_bytes_are_read_once_for_all_views() -> None:
+    frame, reader = drawings(40)
+    loader(frame, reader, cache_bytes=0, wants=Wants(views=("weak", "strong", "simclr"))).batch(0)
+    assert reader.reads == 8
+
+
+@pytest.mark.parametrize("caption", ["uniform", "first"])
+def test_further_captions_are_others_of_the_pair(caption: str) -> None:
+    frame, reader = drawings(40)
+    three = pl.concat_list("captions", pl.lit([{"text": "the third text", "source": "alt", "score": None}], dtype=frame.schema["captions"]))
+    frame = frame.with_columns(captions=pl.when(pl.int_range(40) >= 10).then(three).otherwise(pl.col("captions").list.head(1)))
+    spy = Spy()
+    ours = loader(frame, reader, tokenizer=spy, wants=Wants(captions=2), batch_size=40, caption=caption)
+    seconds = set()
+    for step in range(4):
+        spy.seen.clear()
+        batch = ours.batch(step).tensors
+        assert batch["text2_NL"].shape[0] == 40
+        for row, *texts in zip(batch["row_N"].tolist(), *spy.seen, strict=True):
+            own = [entry["text"] for entry in frame["captions"][row]]
+            assert sorted(texts) == sorted(own if len(own) == 3 else own * 3)
+            assert caption == "uniform" or texts[0] == own[0]
+            seconds.add(own.index(texts[1]) if len(own) == 3 else -1)
+    assert seconds == ({-1, 0, 1, 2} if caption == "uniform" else {-1, 1, 2})
+
+
+def test_what_is_not_there_cannot_be_wanted() -> None:
+    frame, reader = drawings(16)
+    for wants, message in (
+        (Wants(columns=("class",)), "wants a column that is not there"),
+        (Wants(columns=("key",)), "holds no numbers"),
+        (Wants(views=("stron",)), "did you mean 'strong'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loader(frame, reader, wants=wants)
+    with pytest.raises(ConfigError, match="no labels to draw by"):
+        loader(frame.drop("label"), reader, labelled=0.5)
+
+
+def test_labelled_pairs_have_their_share_and_look_new_each_time() -> None:
+    frame, reader = drawings(40)
+    frame = frame.with_columns(label=pl.when(pl.int_range(40) < 4).then("label"))
+    ours = loader(frame, reader, labelled=0.25, wants=Wants(columns=("label",)))
+    assert ours.steps_per_epoch == 6
+    looks = []
+    for batch in ours.batches(0, 6):
+        assert int((batch.tensors["label_N"] >= 0).sum()) == 2
+        place = batch.tensors["row_N"].tolist()
+        looks += [batch.tensors["image_NCHW"][place.index(0)]] if 0 in place else []
+    assert len(looks) == 3
+    assert all(not torch.equal(looks[0], other) for other in looks[1:])

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from diptych.core.errors import ConfigError
-from diptych.train.order import BatchOrder, permute
+from diptych.train.order import BatchOrder, MixedOrder, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 97, 1000, 1024, 65_537])
@@ -122,3 +122,45 @@ def test_a_value_that_must_repeat_is_refused_with_the_largest_batch() -> None:
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="smaller than one batch"):
         BatchOrder(31, 32, seed=0)
+
+
+def test_a_mixed_batch_has_both_kinds_in_their_shares_and_each_goes_round() -> None:
+    marked = np.arange(50) % 10 == 3  # five of them
+    order = MixedOrder(marked, 8, 0.25, seed=4)
+    assert order.steps_per_epoch == 45 // 6
+    assert [order.epoch(step) for step in (0, 6, 7)] == [0, 0, 1]
+    for step in range(14):
+        rows = order.batch(step)
+        assert marked[rows].tolist() == [True] * 2 + [False] * 6
+    for start in range(0, 14, 2):  # an epoch of the five is two batches of two
+        assert len({row for step in (start, start + 1) for row in order.batch(step)[:2]}) == 4
+    others = [row for step in range(7) for row in order.batch(step)[2:]]
+    assert len(set(others)) == 42
+    assert {row for step in range(40) for row in order.batch(step)[:2]} == set(np.flatnonzero(marked))
+
+
+def test_ranks_share_both_kinds_of_a_mixed_batch() -> None:
+    order = MixedOrder(np.arange(50) < 20, 8, 0.5, seed=4)
+    parts = [order.batch(3, rank, 2) for rank in (0, 1)]
+    assert [part.tolist() for part in parts] == [
+        np.concatenate([order.batch(3)[i : i + 2], order.batch(3)[4 + i : 6 + i]]).tolist() for i in (0, 2)
+    ]
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        order.batch(0, 0, 3)
+
+
+def test_a_marked_row_has_a_new_name_in_each_of_its_epochs() -> None:
+    order = MixedOrder(np.arange(50) < 4, 8, 0.5, seed=4)
+    names = {}
+    for step in range(5):
+        rows = order.batch(step)
+        for row, name in zip(rows, order.visit_keys(rows.astype(np.uint64), step), strict=True):
+            names.setdefault(int(row), []).append(int(name))
+    assert all(len(set(names[row])) == 5 for row in range(4))
+    assert all(names[row] == [row] * len(names[row]) for row in names if row >= 4)
+
+
+@pytest.mark.parametrize(("marked", "share"), [(3, 0.5), (48, 0.5), (20, 0.01)])
+def test_a_mix_that_cannot_be_is_refused(marked: int, share: float) -> None:
+    with pytest.raises(ConfigError, match="cannot have that many"):
+        MixedOrder(np.arange(50) < marked, 8, share, seed=0)

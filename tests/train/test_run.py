@@ -9,8 +9,10 @@ import polars as pl
 import pytest
 import torch
 from _ranks import run_ranks
+from torch.nn.functional import cross_entropy
 
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, DataError
+from diptych.core.points import Encoded, TrainContext
 from diptych.pairs.schema import PAIRS
 from diptych.train import run as train_run
 from diptych.train.config import TrainConfig
@@ -19,13 +21,21 @@ from diptych.train.run import TrainSummary, parameter_groups, train
 SETTINGS = {"epochs": 3, "batch_size": 16, "log_every": 2, "augment": {"crop_scale": [0.6, 1.0]}}
 
 
-def run(root: Path, folder: Path, rank: int = 0, world: int = 1, changes: dict[str, Any] | None = None, **options: Any) -> TrainSummary:
+def run(
+    root: Path,
+    folder: Path,
+    rank: int = 0,
+    world: int = 1,
+    changes: dict[str, Any] | None = None,
+    objective: Any = None,
+    **options: Any,
+) -> TrainSummary:
     from diptych.objectives.clip import Config as Clip
     from diptych.optimizers.adamw import Config as AdamW
 
     config = TrainConfig.parse({**SETTINGS, **(changes or {})})
     return train(
-        root, options.pop("split", "train"), config, "vit-micro-40", Clip().build, AdamW(lr=5e-4).build,
+        root, options.pop("split", "train"), config, "vit-micro-40", objective or Clip().build, AdamW(lr=5e-4).build,
         folder / "model", folder / "scratch", options.pop("seed", 0), rank=rank, world=world, **options,
     )  # fmt: skip
 
@@ -88,6 +98,9 @@ def test_stopped_in_the_middle_of_an_epoch_and_run_again(straight: tuple[Path, T
     assert second.resumed_from == 3
     ours, theirs = weights(tmp_path), weights(straight[0])
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    third = run(dataset_root, tmp_path)  # killed after its last step, before its result was taken over
+    assert third.resumed_from == third.steps
+    assert third.losses == straight[1].losses
 
 
 def on_rank(rank: int, world: int, root: str, folder: str) -> dict[str, Any]:
@@ -189,3 +202,175 @@ def test_tags_are_trained_on_only_where_asked_for_or_alone() -> None:
 
     assert texts() == [["cat", "kitty"], ["pet"]]
     assert texts(tags=True) == [["cat", "pet, fur", "kitty"], ["pet"]]
+
+
+class Stateful(torch.nn.Module):
+    """All that an objective may have: a head made at the start, a table by row, a slow copy of a weight, views, a column."""
+
+    views, columns, captions, encodes = ("weak", "strong"), ("label",), 1, ("image",)
+
+    def start(self, context: TrainContext) -> None:
+        self.context = {name: value for name, value in vars(context).items() if name not in ("model", "tokenizer")}
+        self.head = torch.nn.Linear(context.model.clip.visual.proj.shape[1], len(context.class_names))
+        self.register_buffer("seen_R", torch.zeros(context.rows))
+        self.register_buffer("slow", context.model.clip.visual.proj.detach().clone())
+
+    def forward(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        strong_ND = encoded.encode_image(encoded.batch["view1_NCHW"])
+        wanted_N = encoded.batch["label_N"]
+        wrong_N = cross_entropy(self.head(strong_ND), wanted_N, reduction="none")
+        self.seen_R[encoded.batch["row_N"]] += wrong_N.detach()
+        weight_N = self.seen_R[encoded.batch["row_N"]]
+        apart = (strong_ND - encoded.image_ND).square().sum(dim=1).mean()
+        return {"loss": (weight_N * wrong_N).mean() + apart + 0.1 * self.slow.mean() * apart}
+
+    def after_step(self, step: int, model: torch.nn.Module) -> None:
+        self.slow.lerp_(model.clip.visual.proj, 1 / step)
+
+
+@pytest.fixture(scope="module")
+def named_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty drawings with named labels, of which 3 is not used and some pairs have none."""
+    from tiny import write_dataset
+
+    root = tmp_path_factory.mktemp("named") / "data"
+    label = pl.when(pl.col("label") < 3).then("label").when(pl.col("label") > 7).then(4).cast(pl.Int64)
+    write_dataset(root, rows=40, extra={"label": label, "label_name": pl.concat_str(pl.lit("thing "), label.cast(pl.String))})
+    return root
+
+
+@pytest.fixture(scope="module")
+def named_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty drawings, all of them with a named label."""
+    from tiny import write_dataset
+
+    root = tmp_path_factory.mktemp("all") / "data"
+    write_dataset(root, rows=40, extra={"label_name": pl.col("label").cast(pl.String)})
+    return root
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "scratch" / "checkpoints").glob("step-*"))
+    return torch.load(newest / "objective.pt", weights_only=True)
+
+
+def test_an_objective_with_state_goes_on_exactly(named_all: Path, tmp_path: Path) -> None:
+    for name, stops in (("straight", ()), ("stopped", (2, 4))):
+        for stop in (*stops, 100):
+            steps = iter(range(100))
+            done = run(named_all, tmp_path / name, objective=Stateful, should_stop=lambda steps=steps, stop=stop: next(steps) >= stop)
+            if done.finished:
+                break
+    ours, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "straight")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    state, expected = checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "straight")
+    assert state.keys() == expected.keys() == {"head.weight", "head.bias", "seen_R", "slow"}
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert (state["seen_R"] > 0).sum() > 32, "more than two batches of rows"
+    assert not np.array_equal(state["slow"].numpy(), theirs["visual.proj"])
+
+
+def test_what_an_objective_makes_at_the_start_is_trained(named_all: Path, tmp_path: Path) -> None:
+    first: list[torch.Tensor] = []
+
+    class Watched(Stateful):
+        def forward(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+            first.append(self.head.weight.detach().clone())
+            return super().forward(encoded)
+
+    run(named_all, tmp_path, objective=Watched)
+    assert len(first) == 6
+    assert not torch.equal(first[0], first[-1])
+
+
+def test_an_objective_learns_of_the_run_at_its_start(named_root: Path, tmp_path: Path) -> None:
+    made: list[Stateful] = []
+
+    class Curious(Stateful):
+        def start(self, context: TrainContext) -> None:
+            super().start(context)
+            made.append(self)
+            raise ConfigError.at("Enough", "start", 0, "1")
+
+    with pytest.raises(ConfigError, match="Enough"):
+        run(named_root, tmp_path, objective=Curious, seed=7)
+    names = {0: "thing 0", 1: "thing 1", 2: "thing 2", 4: "thing 4"}
+    expected = {"rows": 40, "class_names": names, "total_steps": 6, "rank": 0, "world": 1, "device": "cpu", "seed": 7}
+    assert made[0].context == expected
+
+
+def test_a_label_with_two_names_or_none_is_refused(tmp_path: Path) -> None:
+    from tiny import write_dataset
+
+    for index, name in enumerate((pl.col("key"), pl.when(pl.col("label") != 3).then(pl.lit("one")))):
+        root = tmp_path / str(index) / "data"
+        write_dataset(root, rows=40, extra={"label_name": name})
+        with pytest.raises(DataError, match="A label has not one name"):
+            run(root, tmp_path / str(index), objective=Stateful)
+
+
+def test_a_column_that_the_data_lacks_is_named(dataset_root: Path, tmp_path: Path) -> None:
+    class Weighted(Stateful):
+        columns = ("weight",)
+
+    with pytest.raises(DataError, match="no such column"):
+        run(dataset_root, tmp_path, objective=Weighted)
+
+
+@pytest.mark.parametrize(("tower", "others"), [("image", "text"), ("text", "image")])
+def test_a_frozen_tower_keeps_its_weights(dataset_root: Path, tmp_path: Path, tower: str, others: str) -> None:
+    from diptych.models import clip
+
+    changes = {"freeze": tower, "steps": 2, "epochs": None, "accumulate": 2}
+    run(dataset_root, tmp_path, changes=changes)
+    before = clip.create("vit-micro-40", 0).clip.state_dict()
+    moved = {name for name, value in weights(tmp_path).items() if not np.array_equal(value, before[name].numpy())}
+    parts = {clip.part_of(name) for name in moved}
+    assert parts == {others, "logit"}
+    trained = torch.load(next((tmp_path / "scratch" / "checkpoints").glob("step-*")) / "optimizer.pt", weights_only=True)
+    sizes = clip.parameters_by_part(clip.create("vit-micro-40", 0))
+    left = sizes["logit"] + (sizes["image"] if others == "image" else sizes["text"] + sizes["token_table"])
+    assert sum(state["exp_avg"].numel() for state in trained["state"].values()) == left
+
+
+def test_a_frozen_tower_behaves_as_in_evaluation() -> None:
+    from diptych.models import clip
+
+    model = clip.create("vit-micro-40", 0).train()
+    clip.freeze(model, "image")
+    assert not any(module.training for module in model.clip.visual.modules())
+    assert model.clip.transformer.training
+    assert not any(parameter.requires_grad for parameter in model.clip.visual.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "changes"),
+    [
+        ("shrinkmatch", {"threshold": 0.12}, {"labelled": 0.25, "freeze": "text"}),
+        ("shrinkmatch", {"threshold": 0.12, "search": "raw", "alignment": "average"}, {"accumulate": 2}),
+        ("adawac", {"eta_w": 4.0}, {"accumulate": 2, "ema": 0.9}),
+        ("adawac", {"supervised": "label", "mode": "pseudo"}, {"freeze": "text"}),
+    ],
+)
+def test_objectives_with_state_go_on_exactly(
+    named_root: Path, tmp_path: Path, method: str, settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    from diptych.objectives import adawac, shrinkmatch
+
+    config = {"adawac": adawac, "shrinkmatch": shrinkmatch}[method].Config.parse({"method": method, **settings})
+    for name, stops in (("straight", (100,)), ("stopped", (1, 100))):
+        for stop in stops:
+            steps = iter(range(100))
+            run(
+                named_root,
+                tmp_path / name,
+                objective=config.build,
+                changes=changes,
+                should_stop=lambda steps=steps, stop=stop: next(steps) >= stop,
+            )
+    ours, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "straight")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    state, expected = checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "straight")
+    assert len(expected) > 0
+    assert all(torch.equal(state[name].nan_to_num(), expected[name].nan_to_num()) for name in expected)
+    assert all(np.isfinite(record["loss"]) for record in log(tmp_path / "stopped"))

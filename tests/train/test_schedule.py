@@ -90,3 +90,10 @@ def test_any_warmup_gives_finite_rates(warmup: float) -> None:
 def test_a_share_above_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="share below 1"):
         ScheduleConfig.parse({"warmup": 1.5})
+
+
+def test_fixmatchs_schedule_ends_at_a_fifth() -> None:
+    schedule = ScheduleConfig.parse({"kind": "fixmatch", "warmup": 2}).build(0.03, 102)
+    assert [schedule(step) for step in (0, 1, 2)] == pytest.approx([0.015, 0.03, 0.03])
+    assert schedule(52) == pytest.approx(0.03 * math.cos(7 * math.pi / 32))
+    assert schedule(102) == pytest.approx(0.03 * math.cos(7 * math.pi / 16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +71,13 @@ def drawings(rows: int) -> tuple[pl.DataFrame, MemoryReader]:
     return table(images, pictures, captions), MemoryReader(pictures)
 
 
-def write_dataset(root: Path, rows: int) -> None:
-    """A pair dataset of drawings on disk."""
+def write_dataset(root: Path, rows: int, extra: Mapping[str, pl.Expr] | None = None) -> None:
+    """A pair dataset of drawings on disk, with `extra` columns."""
     from diptych.pairs.manifest import PhaseRecord, ShardEntry
     from diptych.pairs.write import DatasetWriter
 
     frame, reader = drawings(rows)
+    frame = frame.with_columns(**(extra or {}))
     shard = root.parent / "s.tar"  # readers look at (offset, size) only
     shard.parent.mkdir(parents=True, exist_ok=True)
     shard.write_bytes(reader.data)
@@ -111,14 +112,14 @@ class TinyEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.calls = 0
 
-    def encode_image(self, image_NCHW: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, image_NCHW: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         self.calls += 1
-        pixels = image_NCHW.to(self.words.weight.dtype) / 255
-        return nn.functional.normalize(self.image(pixels), dim=-1)
+        feature_ND = self.image(image_NCHW.to(self.words.weight.dtype) / 255)
+        return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
 
-    def encode_text(self, text_NL: torch.Tensor) -> torch.Tensor:
-        present_NL1 = (text_NL > 0).unsqueeze(-1)
-        return nn.functional.normalize((self.words(text_NL) * present_NL1).sum(dim=1), dim=-1)
+    def encode_text(self, text_NL: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        feature_ND = (self.words(text_NL) * (text_NL > 0).unsqueeze(-1)).sum(dim=1)
+        return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
 
 
 class TinyLoss(nn.Module):

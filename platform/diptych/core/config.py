@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
 
     unit: ClassVar[Mapping[str, str]] = {}
+    directories: ClassVar[tuple[str, ...]] = ()
+    """Fields that name model directories: what lies in them counts for a phase's identity, as its parameters do."""
 
     @classmethod
     def parse(cls, data: object, where: str = "") -> Self:
@@ -30,6 +33,10 @@ class Config(BaseModel):
             return cls.model_validate_json(json.dumps(data))
         except ValidationError as error:
             raise ConfigError(headline(error.error_count()), problems(cls, error, where)) from None
+        except ConfigError as error:  # of a configuration within this one
+            raise ConfigError(
+                error.headline, [replace(p, where=f"{where}.{p.where}" if where else p.where) for p in error.problems]
+            ) from None
         except TypeError as error:
             raise ConfigError.at("The configuration is not plain data", where or "(root)", data, f"YAML values only ({error})") from None
 

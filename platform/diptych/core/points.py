@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -112,16 +112,44 @@ class PairMethod(ABC):
 # ---------------------------------------------------------------- training
 
 
+Tower = Literal["image", "text"]
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What an objective wants beside, or in place of, the features of its pairs. It says so in attributes of these names.
+
+    All of them are optional: an objective that declares none gets one picture and one caption a pair, both encoded.
+
+    Attributes:
+        views: recipes (`train/views.py`, e.g. `"weak"`, `"strong"`) of further augmented pictures of each pair: `view0_NCHW`, …, uint8.
+        columns: numbers of the pair table, delivered as `<column>_N`: integers as int64 with -1 for null, floats as float32 with NaN.
+        captions: further captions of each pair, `text1_NL`, …: others than the first and each other as far as the pair has as many.
+        encodes: the towers whose features it reads from `Encoded`.
+    """
+
+    views: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    captions: int = 0
+    encodes: tuple[Tower, ...] = ("image", "text")
+
+    @classmethod
+    def of(cls, objective: object) -> Wants:
+        """What an objective declares, with the defaults for what it does not."""
+        return cls(**{each.name: getattr(objective, each.name) for each in fields(cls) if hasattr(objective, each.name)})
+
+
 @dataclass
 class Encoded:
     """What an objective sees of one batch on one rank.
 
     Attributes:
-        image_ND, text_ND: L2-normalised features, float.
+        image_ND, text_ND: L2-normalised features, float; `[0, 0]` for a tower that the objective does not ask for.
         logit_scale: scalar, already exponentiated (`exp` of the parameter).
-        batch: whatever else the loader delivered (`image_NCHW` uint8, `text_NL` int64, `row_N` int64, …).
+        batch: whatever else the loader delivered (`image_NCHW` uint8, `text_NL` int64, `row_N` int64, …; see `Wants`).
         model: the dual encoder, for objectives that need more than features.
         step: optimizer updates made so far.
+        encoder: encodes as the loop does, in its precision and its micro-batches; None: the model itself.
     """
 
     image_ND: torch.Tensor
@@ -130,10 +158,57 @@ class Encoded:
     batch: Mapping[str, torch.Tensor] = field(default_factory=dict)
     model: nn.Module | None = None
     step: int = 0
+    encoder: Any = None
+
+    @property
+    def _encoder(self) -> Any:
+        return self.model if self.encoder is None else self.encoder
+
+    def encode_image(self, image_NCHW: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        """Features `[N, D]` of further pictures, of unit norm with `normalize`."""
+        feature_ND: torch.Tensor = self._encoder.encode_image(image_NCHW, normalize=normalize)
+        return feature_ND
+
+    def encode_text(self, text_NL: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        """Features `[N, D]` of further captions, of unit norm with `normalize`."""
+        feature_ND: torch.Tensor = self._encoder.encode_text(text_NL, normalize=normalize)
+        return feature_ND
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What an objective may look at once, before the first step. All of it is the same on every rank but `rank`.
+
+    Attributes:
+        model: the dual encoder with the weights that it starts from; a frozen tower's parameters do not require gradients.
+        tokenizer: the model's: `encode_cut(texts)` gives int64 `[N, L]`.
+        rows: training pairs; `row_N` lies in [0, rows).
+        class_names: label -> name, by rising label, from the columns `label` and `label_name`; empty unless `label` is asked for.
+        total_steps: optimizer updates of the whole run.
+        rank, world, device, seed: this process's place, and what names the run's draws.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    rows: int
+    class_names: Mapping[int, str]
+    total_steps: int
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    seed: int = 0
 
 
 class Objective(Protocol):
-    """A loss: an `nn.Module` that may own parameters, teachers and queues, and gathers only through `objectives.gather`."""
+    """A loss: an `nn.Module` that may own parameters, teachers, queues and tables, and gathers only through `objectives.gather`.
+
+    Beside `__call__`, all optional: the attributes of `Wants`, and two methods.
+
+    - `start(context: TrainContext)` is called once, before the optimizer is built: what it makes (parameters, buffers) is
+      broadcast from rank 0, trained, and kept in checkpoints by its `state_dict`. What is not in there must follow from what is.
+    - `after_step(step: int, model: nn.Module)` is called after every update, `step` updates made in all. The model is handed over,
+      since an objective that kept it as an attribute would own its parameters.
+    """
 
     def __call__(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """A dictionary with the scalar `loss` and any named parts worth a curve."""
@@ -205,6 +280,7 @@ class Metric:
         n: examples behind the value.
         settings: what must be equal for two rows to be comparable (templates, class-name digest, preprocessing).
         per_example: float32 `[n]`, the value's summands in the order of `keys`; what paired tests work from.
+        method, shots, seed: the adapter or score, its labelled examples a class, and its draw, where the row has them.
     """
 
     set: str
@@ -217,6 +293,22 @@ class Metric:
     settings: Mapping[str, Any] = field(default_factory=dict)
     keys: Sequence[str] = ()
     per_example: NDArray[np.float32] | None = None
+    method: str = ""
+    shots: int | None = None
+    seed: int | None = None
+
+
+class PictureTransform(Protocol):
+    """A change of decoded pictures before they are encoded, e.g. a corruption. It depends on key and content, never on order."""
+
+    @property
+    def tag(self) -> str:
+        """Names the change in digests: equal tags, equal pictures."""
+        ...
+
+    def __call__(self, keys: Sequence[str], image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The changed pictures of some pairs, in the shape and dtype given; the input stays as it is."""
+        ...
 
 
 class Encoder(Protocol):
@@ -227,8 +319,8 @@ class Encoder(Protocol):
         """The factor of the cosine in the logits."""
         ...
 
-    def images(self, pairs: pl.DataFrame) -> NDArray[np.float32]:
-        """`[n, D]`, a row a pair, in the order of the frame."""
+    def images(self, pairs: pl.DataFrame, transform: PictureTransform | None = None) -> NDArray[np.float32]:
+        """`[n, D]`, a row a pair, in the order of the frame; of the pictures as `transform` leaves them, if one is given."""
         ...
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -236,15 +328,61 @@ class Encoder(Protocol):
         ...
 
 
-class Adapter(Protocol):
-    """Adaptation on stored features, in scikit-learn's shape. Test-time methods also have `update(features)`."""
+@dataclass(frozen=True)
+class Examples:
+    """Pictures of a labelled set as stored features; rows of all arrays belong together.
 
-    def fit(self, features_ND: NDArray[np.float32], label_N: NDArray[np.int64], text_CD: NDArray[np.float32]) -> Adapter:
-        """Learns from labelled features, starting from the zero-shot weights."""
+    Attributes:
+        feature_ND: image features, float32, L2-normalised.
+        label_N: class numbers, int64 in [0, C); None where labels are unknown or must not be seen.
+        picture_N: int64, rows of one picture (its augmented views) share a number; None: every row is a picture of its own.
+        caption_ND: L2-normalised features of the row's own caption.
+        auxiliary_NE: features of a second encoder, one that never saw a label of this set.
+    """
+
+    feature_ND: NDArray[np.float32]
+    label_N: NDArray[np.int64] | None = None
+    picture_N: NDArray[np.int64] | None = None
+    caption_ND: NDArray[np.float32] | None = None
+    auxiliary_NE: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Support:
+    """What an adapter may learn from.
+
+    Attributes:
+        text_CD: the zero-shot weights, float32, L2-normalised, a row a class.
+        logit_scale: the checkpoint's factor of the cosine.
+        labelled: the few shots.
+        validation: labelled examples for choosing hyper-parameters, never for fitting; None if there are none.
+        unlabelled: examples of the target without labels, for methods that use them.
+        seed: names the adapter's draws.
+    """
+
+    text_CD: NDArray[np.float32]
+    logit_scale: float
+    labelled: Examples | None = None
+    validation: Examples | None = None
+    unlabelled: Examples | None = None
+    seed: int = 0
+
+
+class Adapter(Protocol):
+    """Adaptation on stored features, in scikit-learn's shape: `fit`, then `predict`.
+
+    `needs` names the parts of `Support` without which it cannot work (`"labelled"`, `"validation"`, `"unlabelled"`, `"captions"`,
+    `"auxiliary"`). An online method also has `update(test)`: `predict` scores a batch of the stream, then `update` learns from it.
+    """
+
+    needs: frozenset[str]
+
+    def fit(self, support: Support) -> Adapter:
+        """Learns from the support; gives itself back. Raises DataError where the support does not suffice."""
         ...
 
-    def predict(self, features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores `[N, C]`."""
+    def predict(self, test: Examples) -> NDArray[np.float32]:
+        """Scores `[N, C]`: the larger, the likelier. Looks at no label."""
         ...
 
 

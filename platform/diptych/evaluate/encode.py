@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from diptych.core.points import PictureTransform
 from diptych.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ def encode_images(
             for batch in _batches(images, batch_size or image_batch(home))
         ]
     return np.concatenate(features) if features else np.empty((0, 0), np.float32)
+
+
+def transformed(blocks: Iterable[Pixels], keys: Sequence[str], transform: PictureTransform) -> Iterator[Pixels]:
+    """Blocks of pictures uint8 `[n, C, H, W]` as `transform` leaves them; `keys` names the pictures of all blocks, in order."""
+    start = 0
+    for image_NCHW in blocks:
+        changed_NHWC = transform(keys[start : start + len(image_NCHW)], np.ascontiguousarray(np.moveaxis(image_NCHW, 1, -1)))
+        changed_NCHW = np.ascontiguousarray(np.moveaxis(changed_NHWC, -1, 1))
+        assert (changed_NCHW.shape, changed_NCHW.dtype) == (image_NCHW.shape, image_NCHW.dtype), f"{transform.tag} changed more than values"
+        start += len(image_NCHW)
+        yield changed_NCHW
 
 
 def image_batch(device: torch.device) -> int:
@@ -130,10 +142,12 @@ class ModelEncoder:
         """The factor of the cosine in the logits (already exponentiated)."""
         return float(self.model.logit_scale.detach().exp())
 
-    def images(self, pairs: pl.DataFrame) -> Features:
-        """`[n, D]`, a row a pair, in the order of the frame. Pictures are read `READ` at a time."""
+    def images(self, pairs: pl.DataFrame, transform: PictureTransform | None = None) -> Features:
+        """`[n, D]`, a row a pair, in the order of the frame. Pictures are read `READ` at a time and changed by `transform`, if one is given."""
         blocks = (self.load_pixels(pairs[start : start + READ]) for start in range(0, len(pairs), READ))
-        return encode_images(self.model, blocks, self.batch_size, self.device)
+        return encode_images(
+            self.model, transformed(blocks, pairs["key"].to_list(), transform) if transform else blocks, self.batch_size, self.device
+        )
 
     def texts(self, texts: Sequence[str]) -> Features:
         """`[m, D]`, a row a text."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -171,9 +171,24 @@ def parameters_by_part(model: DualEncoder) -> dict[str, int]:
     """How many parameters the image tower, the token table, the rest of the text tower and the remainder have."""
     counts = {"image": 0, "token_table": 0, "text": 0, "logit": 0}
     for name, parameter in model.clip.named_parameters():
-        part = "image" if name.startswith("visual.") else "logit" if name.startswith("logit_") else "text"
+        part = part_of(name)
         counts["token_table" if name.endswith("token_embedding.weight") else part] += parameter.numel()
     return counts
+
+
+def part_of(name: str) -> Literal["image", "text", "logit"]:
+    """The part of open_clip's model that a parameter or a child belongs to, by its dotted name."""
+    return "image" if name.partition(".")[0] == "visual" else "logit" if name.startswith("logit_") else "text"
+
+
+def freeze(model: DualEncoder, tower: Literal["image", "text"]) -> None:
+    """Takes a tower out of training: its parameters require no gradients, and its layers behave as in evaluation, for good."""
+    for name, parameter in model.clip.named_parameters():
+        if part_of(name) == tower:
+            parameter.requires_grad_(False)
+    for name, child in model.clip.named_children():
+        if part_of(name) == tower:
+            child.eval()
 
 
 def _instantiate(config: Mapping[str, Any]) -> Any:

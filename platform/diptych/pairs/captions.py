@@ -12,6 +12,7 @@ from diptych.core.errors import DataError
 
 MIN_PIECES = 2
 _STREAM = key_hash("caption of a visit")  # keeps this draw apart from others of the same seed, epoch and row
+_OTHERS = key_hash("further captions of a visit")
 
 
 def choose_caption(captions: Sequence[str], choice: int) -> str:
@@ -50,3 +51,16 @@ def draws(
         return np.floor(uniform_N * count_N).astype(np.int64)
     rest_N = (uniform_N - original) / max(1.0 - original, 2.0**-53)
     return np.where((uniform_N < original) | (count_N == 1), 0, 1 + np.floor(rest_N * (count_N - 1))).astype(np.int64)
+
+
+def others(
+    seed: int, epoch: int, row_hash_N: NDArray[np.uint64], count_N: NDArray[np.int64], choice_N: NDArray[np.int64], number: int
+) -> list[NDArray[np.int64]]:
+    """Further draws for N pairs: `number` arrays int64 `[N]`, captions other than `choice_N` and than each other.
+
+    From a start drawn by `(seed, epoch, row_hash)` they go round the captions, leaving out the choice; so a pair that has too few
+    repeats some, and a pair with one caption gets that.
+    """
+    rest_N = np.maximum(count_N - 1, 1)
+    start_N = np.floor(uniform(seed, _OTHERS, epoch, row_hash_N) * rest_N).astype(np.int64)
+    return [(choice_N + (count_N > 1) * (1 + (start_N + k) % rest_N)) % count_N for k in range(number)]

@@ -37,6 +37,10 @@ class TrainConfig(Config):
     )
     tags: bool = Field(default=False, description="draw from captions of the source `tag` too; false: only for pairs that have no other")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")
+    freeze: Literal["none", "image", "text"] = Field(default="none", description="a tower that keeps its weights; best with `init`")
+    labelled: float | None = Field(
+        default=None, gt=0, lt=1, description="share of a batch drawn from pairs with a label, the rest from those without; null: all alike"
+    )
     avoid: str | None = Field(default=None, description="a column, e.g. label: no two pairs of one batch have the same value in it")
 
     loader_workers: int = Field(default=0, ge=0, le=256, description="threads that read and decode ahead; 0: none, everything in line")
@@ -54,6 +58,8 @@ class TrainConfig(Config):
             raise ValueError("exactly one of epochs and steps must be given")
         if self.original is not None and self.caption == "first":
             raise ValueError("original has no effect with caption: first")
+        if self.avoid is not None and self.labelled is not None:
+            raise ValueError("avoid and labelled both compose the batches; only one can be given")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
         return self

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diptych.core.points import Encoded, Objective
+from diptych.core.points import Encoded, Objective, Tower, Wants
 
 MAX_LOG_SCALE = math.log(100)
+INPUTS: dict[Tower, str] = {"image": "image_NCHW", "text": "text_NL"}
 Batch = Mapping[str, Tensor]
 
 
@@ -30,39 +31,61 @@ class Contrastive:
 
     Args:
         model: has `encode_image`, `encode_text` and the parameter `logit_scale`, a logarithm.
-        objective: maps `Encoded` to `{"loss": …}`.
+        objective: maps `Encoded` to `{"loss": …}`; its `encodes` names the towers whose features it wants (`core.points.Wants`).
         accumulate: micro-batches; must divide the batch of a rank.
         precision: `"bf16"` encodes under autocast. Features and loss have float32 at least, either way.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, accumulate: int = 1, precision: str = "fp32") -> None:
         self.model, self.objective, self.accumulate, self.precision = model, objective, accumulate, precision
+        self.towers = Wants.of(objective).encodes
+        self.step = 0
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and the objective's named parts, scalars of this rank."""
-        if self.accumulate == 1:
-            image_ND, text_ND = self._encode(batch["image_NCHW"], batch["text_NL"])
-        else:
-            image_ND, text_ND = self._encode_in_parts(batch["image_NCHW"], batch["text_NL"])
+        self.step = step
+        inputs = {tower: batch[INPUTS[tower]] for tower in self.towers}
+        features = dict(zip(inputs, self._encode_all(inputs), strict=True))
+        image_ND, text_ND = (features.get(tower, torch.empty(0, 0)) for tower in INPUTS)
         logit_scale: Any = self.model.logit_scale
-        return self.objective(Encoded(image_ND, text_ND, logit_scale.exp(), batch, self.model, step))
+        return self.objective(Encoded(image_ND, text_ND, logit_scale.exp(), batch, self.model, step, self))
+
+    def encode_image(self, image_NCHW: Tensor, normalize: bool = True) -> Tensor:
+        """Features of pictures that the objective brings: in this task's precision and micro-batches."""
+        return self._encode_all({"image": image_NCHW}, normalize)[0]
+
+    def encode_text(self, text_NL: Tensor, normalize: bool = True) -> Tensor:
+        """Features of captions that the objective brings, likewise."""
+        return self._encode_all({"text": text_NL}, normalize)[0]
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keeps the logit scale between 1 and 100. On the parameter, since a clamp in the graph would stop its gradient."""
+        """Keeps the logit scale between 1 and 100, on the parameter, since a clamp in the graph would stop its gradient. Then the
+        objective's own `after_step`, if it has one.
+        """
         logit_scale: Any = self.model.logit_scale
         logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        hook = getattr(self.objective, "after_step", None)
+        if hook is not None:
+            hook(self.step + 1, self.model)
 
-    def _encode(self, image_NCHW: Tensor, text_NL: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_all(self, inputs: Mapping[Tower, Tensor], normalize: bool = True) -> list[Tensor]:
+        """The features of each input, in micro-batches."""
+        if not inputs:
+            return []
+        if self.accumulate == 1:
+            return self._encode(inputs, normalize)
+        parts = zip(*(tensor.chunk(self.accumulate) for tensor in inputs.values()), strict=True)
+        features = [checkpoint(self._encode, dict(zip(inputs, part, strict=True)), normalize, use_reentrant=False) for part in parts]
+        return [torch.cat(feature) for feature in zip(*features, strict=True)]
+
+    def _encode(self, inputs: Mapping[Tower, Tensor], normalize: bool) -> list[Tensor]:
         model: Any = self.model
-        with torch.autocast(image_NCHW.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            image_ND, text_ND = model.encode_image(image_NCHW), model.encode_text(text_NL)
-        return _at_least_float32(image_ND), _at_least_float32(text_ND)
-
-    def _encode_in_parts(self, image_NCHW: Tensor, text_NL: Tensor) -> tuple[Tensor, Tensor]:
-        parts = zip(image_NCHW.chunk(self.accumulate), text_NL.chunk(self.accumulate), strict=True)
-        features = [checkpoint(self._encode, image, text, use_reentrant=False) for image, text in parts]
-        return torch.cat([image_ND for image_ND, _ in features]), torch.cat([text_ND for _, text_ND in features])
+        encode = {"image": model.encode_image, "text": model.encode_text}
+        device = next(iter(inputs.values())).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            features = [encode[tower](tensor, normalize=normalize) for tower, tensor in inputs.items()]
+        return [_at_least_float32(feature_ND) for feature_ND in features]
 
 
 def _at_least_float32(feature_ND: Tensor) -> Tensor:

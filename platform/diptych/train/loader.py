@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,14 +19,18 @@ from numpy.typing import NDArray
 
 from diptych.core import chance
 from diptych.core.errors import ConfigError, DataError, Problem
+from diptych.core.points import Wants
 from diptych.pairs import captions
 from diptych.pairs.decode import Pixels, crop, decode, decode_train, flatten
-from diptych.train.augment import Draws, draw, recolor, turn
+from diptych.train.augment import turn
 from diptych.train.config import TrainConfig
-from diptych.train.order import BatchOrder
+from diptych.train.order import BatchOrder, MixedOrder
+from diptych.train.views import Look, Recipe, recipe, view_seed
 
 CHECKED_BATCHES = 2
 SHOWN_PROBLEMS = 10
+PLAIN = Wants()
+"""One picture and one caption a pair, and nothing else."""
 
 
 class Reader(Protocol):
@@ -48,7 +52,7 @@ class Batch:
     """One rank's share of a global batch.
 
     Attributes:
-        tensors: `image_NCHW` uint8, `text_NL` int64, `row_N` int64 (row in the frame).
+        tensors: `image_NCHW` uint8, `text_NL` int64, `row_N` int64 (row in the frame), and what the objective wants beside.
         read_s: seconds spent on getting bytes, in whichever thread did it.
         decode_s: seconds spent on making pixels and ids of them.
     """
@@ -60,9 +64,11 @@ class Batch:
 
 @dataclass
 class _Visit:
-    """What the pictures of one batch share while it is made."""
+    """What is drawn for one batch: the keys that name its draws, and how its pictures look, the pairs' own and then the views."""
 
-    draws: Draws
+    epoch: int
+    key_N: NDArray[np.uint64]
+    looks: list[Look]
     read_s: float = 0.0
 
 
@@ -81,8 +87,10 @@ class PairLoader:
         config: batch size, augmentation, captions, threads, cache.
         seed: names every draw.
         rank, world: this process's share of each global batch.
+        wants: views, columns and captions that the objective wants beside; by default none.
 
-    Raises ConfigError if the batch does not divide by the ranks, is larger than the data, or `avoid` cannot be kept.
+    Raises ConfigError if the batch does not divide by the ranks, is larger than the data, `avoid` or `labelled` cannot be kept, or
+    something wanted is not there.
     """
 
     def __init__(
@@ -96,15 +104,17 @@ class PairLoader:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        wants: Wants = PLAIN,
     ) -> None:
         if config.batch_size % world:
             raise ConfigError.at("The batch does not divide by the workers", "batch_size", config.batch_size, f"a multiple of {world}")
         if config.avoid is not None and config.avoid not in frame.columns:
             raise ConfigError.at("There is no such column", "avoid", config.avoid, f"one of {', '.join(frame.columns)}")
-        self.config, self.seed, self.rank, self.world = config, seed, rank, world
+        self.config, self.seed, self.rank, self.world, self.wants = config, seed, rank, world, wants
         self.reader, self.tokenizer, self.image_size = reader, tokenizer, image_size
-        self.table = _Table(frame)
-        self.order = BatchOrder(frame.height, config.batch_size, seed, frame[config.avoid] if config.avoid else None)
+        self.recipes = [Recipe(config.augment), *(recipe(name, config.augment) for name in wants.views)]
+        self.table = _Table(frame, wants.columns)
+        self.order = _order(frame, config, seed)
         self._cache: dict[int, Pixels] | None = {} if self.table.pixels * 4 <= config.cache_bytes else None
 
     @property
@@ -138,10 +148,10 @@ class PairLoader:
         problems: list[Problem] = []
         for step in range(start, start + min(CHECKED_BATCHES, self.steps_per_epoch)):
             rows_N = self.order.batch(step, self.rank, self.world)
-            visit = self._visit(rows_N, self.order.epoch(step))
+            visit = self._visit(rows_N, step)
             for place, row in enumerate(rows_N.tolist()):
                 try:
-                    self._picture(place, row, visit)
+                    self._picture(self._source(row, visit), place, row, visit.looks[0])
                 except DataError as error:
                     problems += error.problems
         if problems:
@@ -150,34 +160,48 @@ class PairLoader:
     def batch(self, step: int) -> Batch:
         """The batch of one step, made in the calling thread. Raises DataError naming the pair whose picture broke."""
         started = time.perf_counter()
-        epoch = self.order.epoch(step)
         rows_N = self.order.batch(step, self.rank, self.world)
-        visit = self._visit(rows_N, epoch)
-        image_NCHW = self._images(rows_N, visit)
-        text_NL = self.tokenizer.encode_cut(self._texts(rows_N, epoch))
-        tensors = {"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL), "row_N": torch.from_numpy(rows_N)}
+        visit = self._visit(rows_N, step)
+        image_NCHW, *views = self._images(rows_N, visit)
+        text_NL, *texts = (self.tokenizer.encode_cut(texts) for texts in self._texts(rows_N, visit))
+        arrays: dict[str, NDArray[Any]] = {"image_NCHW": image_NCHW, "text_NL": text_NL, "row_N": rows_N}
+        arrays |= {f"view{index}_NCHW": view for index, view in enumerate(views)}
+        arrays |= {f"text{index}_NL": text for index, text in enumerate(texts, start=1)}
+        arrays |= {f"{name}_N": value_N[rows_N] for name, value_N in self.table.columns.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Batch(tensors, visit.read_s, time.perf_counter() - started - visit.read_s)
 
-    def _visit(self, rows_N: NDArray[np.int64], epoch: int) -> _Visit:
-        table = self.table
-        key_N, width_N, height_N = table.hash_N[rows_N], table.width_N[rows_N], table.height_N[rows_N]
-        return _Visit(draw(self.config.augment, self.seed, epoch, key_N=key_N, width_N=width_N, height_N=height_N))
+    def _visit(self, rows_N: NDArray[np.int64], step: int) -> _Visit:
+        table, epoch = self.table, self.order.epoch(step)
+        key_N = self.order.visit_keys(table.hash_N[rows_N], step, self.world)
+        seeds = [self.seed, *(view_seed(self.seed, view) for view in range(len(self.wants.views)))]
+        looks = [
+            Look(each, seed, epoch, key_N=key_N, width_N=table.width_N[rows_N], height_N=table.height_N[rows_N])
+            for each, seed in zip(self.recipes, seeds, strict=True)
+        ]
+        return _Visit(epoch, key_N, looks)
 
-    def _images(self, rows_N: NDArray[np.int64], visit: _Visit) -> Pixels:
-        image_NCHW = np.empty((len(rows_N), 3, self.image_size, self.image_size), dtype=np.uint8)
+    def _images(self, rows_N: NDArray[np.int64], visit: _Visit) -> list[Pixels]:
+        """The pictures of each look `[N, 3, H, W]`; bytes are read once for all of them."""
+        images = [np.empty((len(rows_N), 3, self.image_size, self.image_size), dtype=np.uint8) for _ in visit.looks]
         for place, row in enumerate(rows_N.tolist()):
-            image_NCHW[place] = self._picture(place, row, visit).transpose(2, 0, 1)
-        return recolor(image_NCHW, visit.draws) if self.config.augment.recolors else image_NCHW
+            source = self._source(row, visit)
+            for image_NCHW, look in zip(images, visit.looks, strict=True):
+                image_NCHW[place] = self._picture(source, place, row, look).transpose(2, 0, 1)
+        return [look.finish(image_NCHW) for image_NCHW, look in zip(images, visit.looks, strict=True)]
 
-    def _picture(self, place: int, row: int, visit: _Visit) -> Pixels:
+    def _source(self, row: int, visit: _Visit) -> bytes | Pixels:
+        """What a picture is made from: its whole pixels, if those are kept in memory, or its bytes."""
+        return self._bytes(row, visit) if self._cache is None else self._whole(row, visit)
+
+    def _picture(self, source: bytes | Pixels, place: int, row: int, look: Look) -> Pixels:
         """One picture `[H, W, 3]`, cropped, mirrored and turned."""
-        draws = visit.draws
+        draws, table = look.draws, self.table
         box, background = draws.box(place), draws.background(place)
-        if self._cache is None:
-            data, table = self._bytes(row, visit), self.table
-            picture = decode_train(data, self.image_size, box, table.picture_size(row), table.where(row), background)
+        if isinstance(source, bytes):
+            picture = decode_train(source, self.image_size, box, table.picture_size(row), table.where(row), background)
         else:
-            picture = crop(flatten(self._whole(row, visit), background), self.image_size, box)
+            picture = crop(flatten(source, background), self.image_size, box)
         if draws.flip_N[place]:
             picture = picture[:, ::-1]
         angle_deg = float(draws.angle_N[place])
@@ -203,21 +227,30 @@ class PairLoader:
         finally:
             visit.read_s += time.perf_counter() - started
 
-    def _texts(self, rows_N: NDArray[np.int64], epoch: int) -> list[str]:
-        """The caption of each pair that this visit trains on."""
-        table = self.table
-        if self.config.caption == "first":
-            return table.texts.gather(table.first_caption_N[rows_N]).to_list()
-        choice_N = captions.draws(self.seed, epoch, table.hash_N[rows_N], table.caption_count_N[rows_N], self.config.original)
-        first = table.texts.gather(table.first_caption_N[rows_N]).to_list()
-        chosen = table.texts.gather(table.first_caption_N[rows_N] + choice_N).to_list()
-        return [captions.choose_caption(pair, 1) for pair in zip(first, chosen, strict=True)]
+    def _texts(self, rows_N: NDArray[np.int64], visit: _Visit) -> list[list[str]]:
+        """The caption of each pair that this visit trains on, and then the further ones."""
+        table, choice_N = self.table, np.zeros(len(rows_N), dtype=np.int64)
+        first_N, count_N = table.first_caption_N[rows_N], table.caption_count_N[rows_N]
+        first = table.texts.gather(first_N).to_list()
+        if self.config.caption == "uniform":
+            choice_N = captions.draws(self.seed, visit.epoch, visit.key_N, count_N, self.config.original)
+        choices = [choice_N, *captions.others(self.seed, visit.epoch, visit.key_N, count_N, choice_N, self.wants.captions)]
+        chosen = [table.texts.gather(first_N + choice_N).to_list() for choice_N in choices]
+        return [[captions.choose_caption(pair, 1) for pair in zip(first, texts, strict=True)] for texts in chosen]
+
+
+def _order(frame: pl.DataFrame, config: TrainConfig, seed: int) -> BatchOrder | MixedOrder:
+    if config.labelled is None:
+        return BatchOrder(frame.height, config.batch_size, seed, frame[config.avoid] if config.avoid else None)
+    if "label" not in frame.columns:
+        raise ConfigError.at("There are no labels to draw by", "labelled", config.labelled, "a column label")
+    return MixedOrder(frame["label"].is_not_null().to_numpy(), config.batch_size, config.labelled, seed)
 
 
 class _Table:
     """The columns of the pair table in the form that batches are made from; keys and captions stay in polars."""
 
-    def __init__(self, frame: pl.DataFrame) -> None:
+    def __init__(self, frame: pl.DataFrame, columns: Sequence[str]) -> None:
         image = frame["image"].struct.unnest()
         _refuse_nulls(frame["key"], image, frame["captions"])
         self.keys, self.shards = frame["key"], image["shard"].cast(pl.Categorical)
@@ -227,6 +260,7 @@ class _Table:
         self.caption_count_N = frame["captions"].list.len().cast(pl.Int64).to_numpy()
         self.first_caption_N = np.cumsum(self.caption_count_N) - self.caption_count_N
         self.texts = frame["captions"].explode().struct.field("text")
+        self.columns = {name: _numbers(frame, name) for name in columns}
 
     @property
     def pixels(self) -> int:
@@ -257,3 +291,15 @@ def _refuse_nulls(keys: pl.Series, image: pl.DataFrame, caption_lists: pl.Series
     ]
     if problems:
         raise DataError("Pairs without a picture or a caption cannot be trained on", problems)
+
+
+def _numbers(frame: pl.DataFrame, name: str) -> NDArray[Any]:
+    """A column as an objective gets it: int64 with -1 for null, or float32 with NaN."""
+    if name not in frame.columns:
+        raise ConfigError.at("The objective wants a column that is not there", "objective", name, f"one of {', '.join(frame.columns)}")
+    values = frame[name]
+    if values.dtype.is_float():
+        return values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+    if not (values.dtype.is_integer() or values.dtype == pl.Boolean):
+        raise ConfigError.at("The objective wants a column that holds no numbers", name, str(values.dtype), "integers or floats")
+    return values.cast(pl.Int64).fill_null(-1).to_numpy()

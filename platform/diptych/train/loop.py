@@ -71,8 +71,8 @@ def fit(run: Run, state: TrainState) -> Record:
     config, clock, optimizer = run.config, run.clock, state.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     batches = run.loader.batches(state.step, run.total_steps)
-    saved_at, logged_step, stop, record = time.monotonic(), state.step, False, {}
-    truncate_log(run, state.step)
+    saved_at, logged_step, stop = time.monotonic(), state.step, False
+    record = truncate_log(run, state.step)
 
     while state.step < run.total_steps and not stop:
         with clock("data_wait"):
@@ -172,12 +172,16 @@ def log_step(run: Run, state: TrainState, steps: int, losses: Mapping[str, Tenso
     return record
 
 
-def truncate_log(run: Run, step: int) -> None:
-    """Drops the records of steps after `step`, which a run that was killed had made since its last checkpoint, and a torn last line."""
+def truncate_log(run: Run, step: int) -> Record:
+    """Drops the records of steps after `step`, which a run that was killed had made since its last checkpoint, and a torn last line.
+
+    Gives the last record that stays; empty where there is none.
+    """
     if run.rank != 0 or not run.log.exists():
-        return
+        return {}
     lines = [line for line in run.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     partial = run.log.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(run.log)
+    return dict(json.loads(kept[-1])) if kept else {}

@@ -56,6 +56,11 @@ class BatchOrder:
         """The epoch that a step belongs to."""
         return step // self.steps_per_epoch
 
+    def visit_keys(self, key_N: NDArray[np.uint64], step: int, world: int = 1) -> NDArray[np.uint64]:
+        """What names a visit's draws beside its epoch, uint64 `[N]`: the hashes of the rows' keys, as no row comes twice in an epoch."""
+        del step, world
+        return key_N
+
     def _compose(self, epoch: int) -> NDArray[np.int64]:
         """An epoch's rows in an order whose batches hold no value twice.
 
@@ -72,6 +77,49 @@ class BatchOrder:
             batch_order = permute(np.arange(batches), batches, self.seed, epoch, 1)
             self._composed = epoch, np.ascontiguousarray(hands.T[batch_order]).ravel()
         return self._composed[1]
+
+
+class MixedOrder:
+    """Batches of two kinds of rows in fixed shares: `round(share * batch_size)` marked ones, then the others.
+
+    Each kind goes round in epochs of its own (`BatchOrder`); an epoch of the whole is one of the unmarked rows. That is how
+    semi-supervised recipes mix a few labelled rows with many unlabelled ones. Ranks get equal parts of both kinds.
+
+    Args:
+        marked: bool `[rows]`.
+        share: of marked rows in a batch, in (0, 1).
+
+    Raises ConfigError if either kind does not fill its part of a batch.
+    """
+
+    def __init__(self, marked: NDArray[np.bool_], batch_size: int, share: float, seed: int) -> None:
+        wanted = round(share * batch_size)
+        sizes = {"with a label": (int(marked.sum()), wanted), "without one": (int((~marked).sum()), batch_size - wanted)}
+        for kind, (there, needed) in sizes.items():
+            if not 0 < needed <= there:
+                raise ConfigError.at(f"A batch cannot have that many pairs {kind}", "labelled", needed, f"1 to {there}, all there are")
+        self._marked, self._others = np.flatnonzero(marked), np.flatnonzero(~marked)
+        self._first = BatchOrder(len(self._marked), wanted, int(chance.mix(seed, 1)))
+        self._second = BatchOrder(len(self._others), batch_size - wanted, int(chance.mix(seed, 2)))
+        self.steps_per_epoch = self._second.steps_per_epoch
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+        """The rows int64 `[batch_size / world]` of a rank at a step, marked ones first. Raises ConfigError if they do not divide by `world`."""
+        if self._first.batch_size % world:
+            raise ConfigError.at(
+                "The labelled pairs of a batch do not divide by the workers", "labelled", self._first.batch_size, f"a multiple of {world}"
+            )
+        first, second = self._first.batch(step, rank, world), self._second.batch(step, rank, world)
+        return np.concatenate([self._marked[first], self._others[second]])
+
+    def epoch(self, step: int) -> int:
+        """The epoch of the unmarked rows that a step belongs to."""
+        return self._second.epoch(step)
+
+    def visit_keys(self, key_N: NDArray[np.uint64], step: int, world: int = 1) -> NDArray[np.uint64]:
+        """The hashes of the rows' keys, those of marked rows mixed with their own epoch: they come several times in one of the others."""
+        marked = self._first.batch_size // world
+        return np.concatenate([chance.mix(key_N[:marked], self._first.epoch(step)), key_N[marked:]])
 
 
 def permute(index: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError
+from diptych.core.points import TrainContext, Wants
 from diptych.models.decay import decays
 from diptych.train import sync
 from diptych.train.checkpoint import Checkpoints, TrainState
@@ -24,6 +25,7 @@ from diptych.train.loader import PairLoader
 from diptych.train.loop import Record, Run, fit
 
 if TYPE_CHECKING:
+    from diptych.models.clip import DualEncoder
     from diptych.pairs.dataset import PairDataset
 
 
@@ -84,7 +86,7 @@ def train(
         split: the rows to train on; None for all.
         config: the loop's settings; `batch_size` is global.
         model_name: an architecture, as `models.clip.create` knows it.
-        build_objective: gives the loss, an `nn.Module`.
+        build_objective: gives the loss, an `nn.Module`; what it wants of the data and of the run it says as `core.points` has it.
         build_optimizer: gives the optimizer of parameter groups; its default `lr` is the schedule's peak.
         out: the model directory, written by rank 0 at the end; averaged weights if `config.ema` is set.
         scratch: `checkpoints/` and `steps.jsonl` lie here; shared by all ranks.
@@ -96,22 +98,26 @@ def train(
 
     Raises ConfigError for settings that do not fit the data, DataError for broken pictures and for losses that are not finite.
     """
-    from diptych.models import clip
     from diptych.pairs.dataset import PairDataset
 
     with fixed_arithmetic(config.threads):
         _check_division(config, world)
         scratch.mkdir(parents=True, exist_ok=True)
         dataset = PairDataset.open(dataset_root)
-        rows = _rows(dataset, split, config)
-        model = clip.create(model_name if init == "random" else init, seed).to(device).train()
+        model = _model(model_name if init == "random" else init, seed, config, device)
         torch.manual_seed(seed)
-        state = _first_state(model, build_objective().to(device), build_optimizer, config, world)
-        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, seed=seed, rank=rank, world=world)
+        objective = build_objective()
+        wants = Wants.of(objective)
+        rows = _rows(dataset, split, config, wants.columns)
+        place = {"seed": seed, "rank": rank, "world": world}
+        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
+        names = _class_names(dataset, split) if "label" in wants.columns else {}
+        _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
+        state = _first_state(model, objective.to(device), build_optimizer, config, world)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
-        identity = {**made_of, **_recipe(config, state)}
+        identity = made_of | _recipe(config, state)
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
@@ -129,9 +135,7 @@ def train(
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
-            _refuse_short_run(state, total_steps * config.batch_size)
-            if rank == 0:
-                _write_model(state, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
+            _finish(state, run, out, identity)
         return _summary(run, state, record, resumed_from)
 
 
@@ -172,6 +176,16 @@ def fixed_arithmetic(threads: int) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
 
 
+def _model(name: str, seed: int, config: TrainConfig, device: str) -> DualEncoder:
+    """The model of a name or a directory, ready to be trained; a frozen tower stays as it is."""
+    from diptych.models import clip
+
+    model = clip.create(name, seed).to(device).train()
+    if config.freeze != "none":
+        clip.freeze(model, config.freeze)
+    return model
+
+
 def _first_state(
     model: nn.Module,
     objective: nn.Module,
@@ -195,9 +209,10 @@ def _check_division(config: TrainConfig, world: int) -> None:
         raise ConfigError.at("The batch does not divide", "batch_size", config.batch_size, f"a multiple of {parts}: workers x accumulate")
 
 
-def _rows(dataset: PairDataset, split: str | None, config: TrainConfig) -> pl.DataFrame:
+def _rows(dataset: PairDataset, split: str | None, config: TrainConfig, wanted: Sequence[str] = ()) -> pl.DataFrame:
     """The training pairs, without the columns and captions that training does not look at."""
-    frame = dataset.read(["key", "image", "captions", "split", *([config.avoid] if config.avoid else [])])
+    more = {*wanted, *([config.avoid] if config.avoid else []), *(["label"] if config.labelled else [])}
+    frame = dataset.read(["key", "image", "captions", "split", *sorted(more)])
     frame = frame if split is None else frame.filter(pl.col("split") == split)
     if not config.tags:
         others = pl.col("captions").list.eval(pl.element().filter(pl.element().struct.field("source") != "tag"))
@@ -205,6 +220,29 @@ def _rows(dataset: PairDataset, split: str | None, config: TrainConfig) -> pl.Da
     if frame.is_empty():
         raise ConfigError.at("There is nothing to train on", "split", split, "a split that the data set has")
     return frame
+
+
+def _class_names(dataset: PairDataset, split: str | None) -> dict[int, str]:
+    """The name of each label of the training pairs, by rising label; none if there is no such column.
+
+    Raises DataError for a label with several names or none.
+    """
+    if "label_name" not in dataset.scan().collect_schema():
+        return {}
+    rows = dataset.read(["split", "label", "label_name"]).drop_nulls("label")
+    rows = rows if split is None else rows.filter(pl.col("split") == split)
+    names = rows.group_by("label").agg(pl.col("label_name").drop_nulls().unique().sort()).sort("label")
+    odd = names.filter(pl.col("label_name").list.len() != 1)
+    if odd.height:
+        raise DataError.at("A label has not one name", f"label {odd['label'][0]}", odd["label_name"][0].to_list(), "one name a label")
+    return dict(names.explode("label_name").iter_rows())
+
+
+def _start(objective: nn.Module, context: TrainContext) -> None:
+    """Lets an objective make what depends on the run, before the optimizer is built."""
+    start = getattr(objective, "start", None)
+    if start is not None:
+        start(context)
 
 
 def _recipe(config: TrainConfig, state: TrainState) -> dict[str, Any]:
@@ -233,11 +271,14 @@ def _refuse_short_run(state: TrainState, planned: int) -> None:
         )
 
 
-def _write_model(state: TrainState, out: Path, lineage: dict[str, Any]) -> None:
+def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) -> None:
+    """Checks that all pairs were seen; rank 0 writes the model directory."""
     from diptych.models import clip
 
-    model: Any = state.model if state.ema is None else state.ema.model
-    clip.save(model, out, lineage)
+    _refuse_short_run(state, run.total_steps * run.config.batch_size)
+    if run.rank == 0:
+        model: Any = state.model if state.ema is None else state.ema.model
+        clip.save(model, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
 
 
 def _summary(run: Run, state: TrainState, record: Record, resumed_from: int) -> TrainSummary:

@@ -1,7 +1,8 @@
 """Learning rates by step: pure functions of integers, float64.
 
 Sources: the cosine of CLIP's recipe (Radford et al. 2021, section 2.5, as open_clip counts its steps), constant with a
-cooldown (open_clip), and the table of LaCLIP (Fan et al. 2023), which warms up with both ends included.
+cooldown (open_clip), the table of LaCLIP (Fan et al. 2023), which warms up with both ends included, and the part of a cosine of FixMatch
+(Sohn et al. 2020, section 2.3).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Schedule = Callable[[int], float]
 class ScheduleConfig(Config):
     """How the learning rate moves. A `warmup` or `cooldown` below 1 is a share of the run; an integer is steps."""
 
-    kind: Literal["cosine", "constant", "laclip"] = Field(default="cosine", description="shape after the warm-up")
+    kind: Literal["cosine", "constant", "laclip", "fixmatch"] = Field(default="cosine", description="shape after the warm-up")
     warmup: int | float = Field(default=0.05, ge=0, description="steps (integer) or share of the run (below 1) of linear warm-up")
     final_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
     start_lr: float = Field(default=1e-6, ge=0, description="laclip: learning rate of the first step")
@@ -47,6 +48,8 @@ class ScheduleConfig(Config):
             case "constant":
                 cooldown = _steps(self.cooldown, total)
                 return lambda step: constant_with_cooldown(step, base_lr, warmup, total, cooldown, self.cooldown_power, self.final_lr)
+            case "fixmatch":
+                return lambda step: fixmatch(step, base_lr, total, warmup)
             case "laclip":
                 rates: list[float] = laclip_schedule(base_lr, self.final_lr, 1, total, warmup / total, self.start_lr).tolist()
                 return rates.__getitem__
@@ -70,6 +73,13 @@ def constant_with_cooldown(
         return base_lr
     left: float = (1 - into_cooldown / cooldown_steps) ** cooldown_power
     return left * (base_lr - cooldown_end_lr) + cooldown_end_lr
+
+
+def fixmatch(step: int, base_lr: float, total: int, warmup: int = 0) -> float:
+    """FixMatch's schedule: linear warm-up, then `base_lr * cos(7 pi t / 16 T)`, which ends at a fifth of `base_lr`."""
+    if step < warmup:
+        return base_lr * (step + 1) / warmup
+    return base_lr * math.cos(7 * math.pi * (step - warmup) / (16 * (total - warmup)))
 
 
 def laclip_schedule(

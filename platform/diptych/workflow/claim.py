@@ -9,8 +9,9 @@ A claim file is a workflow with arms:
     arms: {curated: {}, random: {"prune": [{"method": "random-subset", "count": "@rows:curated"}]}}
     demands: [{better: curated, worse: random, metric: digits/zero-shot/acc1, least: 0.08}]
 
-An arm is a mapping of key path -> value over `base`; `@rows:ARM` stands for the number of training pairs that the other
-arm keeps with the same seed, so that arms are compared at equal size. `@seed` stands for the seed.
+An arm is a mapping of key path -> value over `base`. `@rows:ARM` stands for the number of training pairs that the other arm keeps with the
+same seed, so that arms are compared at equal size; `@model:ARM` for the directory of the other arm's model, to start from or to mix with;
+`@seed` for the seed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +41,39 @@ from diptych.workflow import spec, trials, yaml
 from diptych.workflow.project import Project
 
 ROWS = "@rows:"
+MODEL = "@model:"
 SEED = "@seed"
+REFERENCE = re.compile(r'"(@(?:rows|model):([^"]+))"')
 
 
 class Demand(Config):
-    """One comparison of a claim: `better - worse` on `metric` must be at least `least`, with an interval that leaves out zero."""
+    """One comparison of a claim: `better - worse` on `metric` must be at least `least`, with an interval that leaves out zero.
+
+    With `least` at zero or below it asks that nothing is lost: the whole interval must lie above `least`.
+    """
 
     better: str
     worse: str
     metric: str = Field(description="`<set>/<task>/<metric>`")
+    against: str | None = Field(None, description="the worse side's figure, where it is another one: two methods measured in one run")
     least: float = Field(description="least mean difference that counts, in the metric's unit")
     direction: Literal["higher", "lower"] = "higher"
+
+    @property
+    def text(self) -> str:
+        """What is demanded."""
+        return f"at least {self.least:+.3f} and an interval without zero" if self.least > 0 else f"an interval above {self.least:+.3f}"
+
+    @property
+    def title(self) -> str:
+        """What is compared with what."""
+        if self.against is None:
+            return f"{self.metric}: {self.better} - {self.worse}"
+        return (
+            f"{self.metric} of {self.better} - {self.against} of {self.worse}"
+            if self.better != self.worse
+            else f"{self.metric} - {self.against}"
+        )
 
 
 class ClaimFile(Config):
@@ -60,7 +85,7 @@ class ClaimFile(Config):
     headline: str = Field(default="", description="what the paper reports")
     seeds: tuple[int, ...] = Field(min_length=3)
     base: dict[str, Any]
-    arms: dict[str, dict[str, Any]] = Field(min_length=2)
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
     demands: tuple[Demand, ...] = Field(min_length=1)
 
 
@@ -75,7 +100,9 @@ class Finding:
 
     @property
     def shown(self) -> bool:
-        """The mean difference reaches `least` and its interval leaves out zero."""
+        """The mean difference reaches `least` and its interval leaves out zero; or nothing is lost, where only that is asked."""
+        if self.demand.least <= 0:
+            return self.estimate.low >= self.demand.least
         return self.estimate.mean >= self.demand.least and self.estimate.low > 0
 
 
@@ -100,7 +127,11 @@ def load(path: Path) -> ClaimFile:
     problems: list[Problem] = []
     for name in file.arms:
         try:
-            arm_workflow(file, name, file.seeds[0], path, dict.fromkeys(file.arms, 1))
+            unknown = [other for _, other in references(file, name) if other not in file.arms]
+            problems += [
+                Problem(f"arms.{name}", other, f"one of the arms {', '.join(file.arms)}", nearest(other, file.arms)) for other in unknown
+            ]
+            arm_workflow(file, name, file.seeds[0], path, {text: 1 if text.startswith(ROWS) else "." for text, _ in references(file, name)})
         except ConfigError as error:
             problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
     for position, demand in enumerate(file.demands):
@@ -112,29 +143,26 @@ def load(path: Path) -> ClaimFile:
     return file
 
 
-def arm_workflow(file: ClaimFile, arm: str, seed: int, path: Path, rows: Mapping[str, int]) -> spec.Workflow:
-    """The workflow of one arm and seed; `rows` fills in `@rows:ARM`."""
+def arm_workflow(file: ClaimFile, arm: str, seed: int, path: Path, given: Mapping[str, Any]) -> spec.Workflow:
+    """The workflow of one arm and seed; `given` says what each reference to another arm stands for."""
     raw = copy.deepcopy(file.base)
     raw["seed"] = seed
     for key, value in file.arms[arm].items():
-        spec.set_value(raw, key.split("."), _filled(value, rows, seed), key)
+        spec.set_value(raw, key.split("."), _filled(value, {**given, SEED: seed}), key)
     return spec.check(raw, path, (f"arm={arm}",))
 
 
-def _filled(value: Any, rows: Mapping[str, int], seed: int) -> Any:
-    if value == SEED:
-        return seed
-    if isinstance(value, str) and value.startswith(ROWS):
-        return rows[value.removeprefix(ROWS)]
+def _filled(value: Any, given: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        return given.get(value, value)
     if isinstance(value, Mapping):
-        return {key: _filled(entry, rows, seed) for key, entry in value.items()}
-    return [_filled(entry, rows, seed) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: _filled(entry, given) for key, entry in value.items()}
+    return [_filled(entry, given) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def references(file: ClaimFile, arm: str) -> set[str]:
-    """The arms whose size an arm asks for."""
-    text = json.dumps(file.arms[arm])
-    return {other for other in file.arms if f'"{ROWS}{other}"' in text}
+def references(file: ClaimFile, arm: str) -> list[tuple[str, str]]:
+    """What an arm asks of other arms: `(text as it stands, name of the other arm)`, each once."""
+    return sorted(set(REFERENCE.findall(json.dumps(file.arms[arm]))))
 
 
 @dataclass(frozen=True)
@@ -148,26 +176,30 @@ class ArmTrial:
     def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
         """The arm's figures."""
         arm, seed = str(setting["arm"]), int(setting["seed"])
-        project = Project(self.root)
-        name = f"claims/{self.file.claim}/{arm}-s{seed}"
-        rows = {other: self._rows(other, seed, name, project) for other in sorted(references(self.file, arm))}
-        workflow = arm_workflow(self.file, arm, seed, self.path, rows)
-        _, figures = trials.run(workflow, "evaluate", name, project)
+        _, figures = trials.run(self._workflow(arm, seed), "evaluate", self._name(arm, seed), Project(self.root))
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
         yield {**values, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
-    def _rows(self, arm: str, seed: int, name: str, project: Project) -> int:
-        workflow = arm_workflow(self.file, arm, seed, self.path, {})
-        store, _ = trials.run(workflow, "caption", f"{name}.like-{arm}", project)
+    def _name(self, arm: str, seed: int) -> str:
+        return f"claims/{self.file.claim}/{arm}-s{seed}"
+
+    def _workflow(self, arm: str, seed: int) -> spec.Workflow:
+        given = {text: self._given(text, other, seed) for text, other in references(self.file, arm)}
+        return arm_workflow(self.file, arm, seed, self.path, given)
+
+    def _given(self, text: str, other: str, seed: int) -> Any:
+        """Runs the other arm as far as it takes, and takes over what it had made before."""
+        until = "caption" if text.startswith(ROWS) else "compress"
+        store, _ = trials.run(self._workflow(other, seed), until, self._name(other, seed), Project(self.root))
+        if until == "compress":
+            return str(store.folder("compress").resolve())
         pairs = PairDataset.open(store.folder("caption")).scan()
         return int(pairs.filter(pl.col("split") == "train").select(pl.len()).collect().item())
 
 
 def run(path: Path, project: Project, session: Session, progress: Progress) -> ClaimResult:
     """Runs every arm with every seed as one Tune sweep and judges the demands. Finished arms are taken from earlier runs."""
-    import time
-
     started = time.monotonic()
     file = load(path)
     settings = [{"arm": arm, "seed": seed} for seed, arm in itertools.product(file.seeds, file.arms)]
@@ -184,7 +216,8 @@ def run(path: Path, project: Project, session: Session, progress: Progress) -> C
 
 
 def _judge(demand: Demand, rows: Sequence[Mapping[str, Any]]) -> Finding:
-    better, worse = (_by_seed(rows, arm, demand.metric) for arm in (demand.better, demand.worse))
+    better = _by_seed(rows, demand.better, demand.metric)
+    worse = _by_seed(rows, demand.worse, demand.against or demand.metric)
     low, high = (worse, better) if demand.direction == "higher" else (better, worse)
     return Finding(demand, better, worse, intervals.difference(low, high))
 
@@ -210,9 +243,9 @@ def text(result: ClaimResult) -> str:
         d, e = finding.demand, finding.estimate
         word = "shown" if finding.shown else "NOT shown"
         lines += [
-            f"  {d.metric}: {d.better} - {d.worse} = {e.mean:+.3f}, 95 % interval {e.low:+.3f} to {e.high:+.3f} over {len(finding.better)} seeds",
+            f"  {d.title} = {e.mean:+.3f}, 95 % interval {e.low:+.3f} to {e.high:+.3f} over {len(finding.better)} seeds",
             f"    {d.better}: {_values(finding.better)}    {d.worse}: {_values(finding.worse)}",
-            f"    demanded: at least {d.least:+.3f} and an interval without zero: {word}",
+            f"    demanded: {d.text}: {word}",
         ]
     lines += ["", f"  the effect {'showed' if result.shown else 'did NOT show'} ({result.wall_s:.0f} s)"]
     return "\n".join(lines)

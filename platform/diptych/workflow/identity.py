@@ -17,7 +17,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "prune": ("core", "pairs", "prune"),
     "caption": ("core", "pairs", "caption"),
     "train": ("core", "pairs", "models", "objectives", "optimizers", "train"),
-    "compress": ("core", "pairs", "models", "compress"),
+    "compress": ("core", "pairs", "models", "compress", "adapt"),
     "evaluate": ("core", "pairs", "models", "evaluate", "adapt"),
 }
 """The code folders of each phase (the same list stands in `dvc.yaml`, and a test compares them)."""

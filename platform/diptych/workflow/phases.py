@@ -270,8 +270,7 @@ def _evaluate(bench: Bench) -> Figures:
         if any(config.plain()["method"] == "retrieval" for config in workflow.benchmarks):
             _retrieval_examples(workflow, encoder).write_parquet(partial / "retrieved.parquet")
         sweep = _sweep(bench, partial)
-    values = {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in metrics}
-    return {"metrics": values, "sweep": sweep}
+    return {"metrics": evaluation.figures(metrics), "sweep": sweep}
 
 
 def _retrieval_examples(workflow: Workflow, encoder: evaluation.StoredEncoder) -> pl.DataFrame:

@@ -33,10 +33,14 @@ class Result:
         return pl.read_parquet(self.home / "evaluate" / "rows.parquet")
 
     def metrics(self) -> list[Metric]:
-        """The rows with their per-example values, ready for paired tests."""
+        """The rows with their per-example values, ready for paired tests; single draws are left out."""
         examples = pl.read_parquet(self.home / "evaluate" / "examples.parquet")
         by_metric = {tuple(map(str, key)): frame for key, frame in examples.partition_by("set", "task", "metric", as_dict=True).items()}
-        return [_metric(row, by_metric.get((row["set"], row["task"], row["metric"]))) for row in self.rows.iter_rows(named=True)]
+        return [
+            _metric(row, by_metric.get((row["set"], row["task"], row["metric"])))
+            for row in self.rows.iter_rows(named=True)
+            if row.get("seed") is None
+        ]
 
 
 def _metric(row: dict[str, Any], examples: pl.DataFrame | None) -> Metric:

@@ -293,7 +293,7 @@ def _time_lines(outcome: Outcome) -> list[str]:
         predicted = figures.get("predicted_s")
         lines.append(f"  {name:<9} {duration(figures['wall_s']):>12} {duration(predicted) if predicted is not None else '':>12}")
     train = outcome.figures.get("train", {})
-    if "train" in outcome.ran and "shares" in train:
+    if "train" in outcome.ran and train.get("samples_per_s"):
         shares = ", ".join(f"{activity} {share:.0%}" for activity, share in train["shares"].items())
         lines.append(f"  a training step: {shares}; {train['samples_per_s']:,.0f} pictures/s. {train['advice']}")
     return lines

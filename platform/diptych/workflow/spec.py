@@ -149,12 +149,33 @@ class Workflow:
                 values = {"benchmarks": [c.plain() for c in self.benchmarks], "sweep": self.sweep.plain() if self.sweep else None}
             case _:
                 values = [config.plain() for config in self.methods(phase)]
-        return {"seed": self.seed, phase: values}
+        models = self.models(phase)
+        return {"seed": self.seed, phase: values, **({"models": models} if models else {})}
+
+    def models(self, phase: str) -> dict[str, str]:
+        """The model directories that a phase's parameters name, with the digests of what lies in them. DVC does not know these."""
+        match phase:
+            case "train":
+                named = [self.train.init, self.train.model, *named_directories(self.objective)]
+            case "compress":
+                named = [path for config in self.compress for path in named_directories(config)]
+            case "evaluate":
+                named = [path for config in self.benchmarks for path in named_directories(config)]
+            case _:
+                named = []
+        folders = {name: Path(name.removeprefix("local-dir:")) for name in named if "/" in name or name == "."}
+        return {name: digest.of_tree(folder) for name, folder in sorted(folders.items()) if folder.is_dir()}
 
     @property
     def digest(self) -> str:
         """The digest of all resolved parameters."""
         return digest.of_plain([self.params(phase) for phase in PHASES])
+
+
+def named_directories(config: Config) -> list[str]:
+    """The model directories that a method's parameters name."""
+    values = [getattr(config, name) for name in config.directories]
+    return [path for value in values for path in ((value,) if isinstance(value, str) else value or ())]
 
 
 def source_files(source: Config) -> str:

@@ -125,18 +125,22 @@ class LockedStore(PlainStore):
     def state(self, phase: str) -> StageState:
         """DVC's verdict; outputs that are missing but cached are checked out first."""
         state = self._pipeline.state(phase)
-        if phase == "ingest" and not state.changed and self._files_changed():
-            return StageState(phase, ("the source's files changed",))
+        if not state.changed and (reason := self._outside_changed(phase)):
+            return StageState(phase, (reason,))
         if state.changed and all(reason.startswith("output ") for reason in state.reasons) and self._pipeline.restore(phase):
             return StageState(phase, ())
         return state
 
-    def _files_changed(self) -> bool:
-        record = self._record("ingest")
+    def _outside_changed(self, phase: str) -> str:
+        """What has changed of the files that a phase reads and DVC does not know, in words; empty if nothing has."""
+        record = self._record(phase)
         if not record.exists():
-            return False
-        then = json.loads(record.read_text())["params"]["ingest"].get("files", "")
-        return bool(then != self.workflow.params("ingest")["ingest"]["files"])
+            return ""
+        then, now = json.loads(record.read_text())["params"], self.workflow.params(phase)
+        if then.get("models") != now.get("models"):
+            return "a model that its parameters name changed"
+        files = phase == "ingest" and then["ingest"].get("files", "") != now["ingest"]["files"]
+        return "the source's files changed" if files else ""
 
     def save(self, phase: str, figures: Mapping[str, Any]) -> None:
         """Writes our record, then DVC's cache and lock."""

@@ -50,7 +50,7 @@ class Trial:
         """The metrics of a setting as the workflow itself reports them, with intervals."""
         workflow, encoder, _ = list(self._models(setting))[-1]
         found = evaluation.measure(encoder, workflow.benchmarks, self.name, workflow.seed)
-        return {f"{m.set}/{m.task}/{m.metric}": {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for m in found}
+        return evaluation.figures(found)
 
     def workflow(self, setting: Mapping[str, Any]) -> spec.Workflow:
         """The workflow with the setting applied and the sweep taken out: an ordinary experiment."""
@@ -129,7 +129,7 @@ def on_split(workflow: spec.Workflow, split: str) -> list[dict[str, Any]]:
 
 def values(metrics: Any) -> dict[str, float]:
     """`<set>/<task>/<metric>` to value."""
-    return {f"{m.set}/{m.task}/{m.metric}": float(m.value) for m in metrics}
+    return {key: float(entry["value"]) for key, entry in evaluation.figures(metrics).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:

@@ -9,7 +9,8 @@ import torch
 from _ranks import run_ranks
 from numpy.typing import NDArray
 
-from diptych.evaluate import linear_probe, overlap, retrieval, zero_shot
+from diptych.adapt import linear_probe
+from diptych.evaluate import overlap, retrieval, zero_shot
 from diptych.objectives.clip import clamp_logit_scale, clip_logits, clip_loss
 from diptych.train.schedule import constant_with_cooldown, cosine
 
@@ -25,7 +26,7 @@ TOLERANCE: dict[str, tuple[float, float]] = {
     "clamp/*": (1e-12, 0),
     "lr/*": (1e-12, 1e-18),
     "probe/out/accuracy": (0, 0),
-    "probe/*": (1e-5, 1e-7),
+    "probe/*": (1e-4, 5e-5),  # the reference stops at a gradient of 1e-8, up to 1e-5 short of the minimum
     "prep/*": (0, 2 / 255 / 0.26),
     "model/*": (1e-6, 1e-9),
     "*": (1e-9, 1e-11),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ from diptych.core.errors import ConfigError
 from diptych.core.points import RawPair
 from diptych.curate.matching import Matcher
 from diptych.pairs import schema
+from diptych.pairs.ingest import ingest_all
 from diptych.pairs.sources import digits
 from diptych.pairs.sources.digits import Config
+from diptych.pairs.sources.digits_shift import blurred, sideways
 
 SMALL: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -119,3 +123,140 @@ def test_wrong_parameters_are_refused() -> None:
     for wrong in ({"pool": "plane"}, {"train": 1201}, {"size_px": 20}, {"dense": [10]}, {"dense": [1, 1]}, {"junk": 1.0}):
         with pytest.raises(ConfigError):
             Config.parse(wrong)
+
+
+def test_earlier_pools_are_what_they_were() -> None:
+    # Results in the book of reproductions stand on these pairs; pixels rather than PNG bytes, which the encoder's version may change.
+    known = {
+        "plain": "db50425964b63dc7",
+        "zipf-junk": "1d3482fdd9d8324c",
+        "dense-classes": "bd99a096b38c87ee",
+        "stock-ids": "4c572113b842519e",
+    }
+    assert {pool: fingerprint(read(pool, **SMALL[pool])) for pool in SMALL} == known
+
+
+def fingerprint(pairs: list[RawPair]) -> str:
+    sha = hashlib.sha256()
+    for pair in pairs:
+        sha.update(
+            repr((pair.key, list(pair.captions), sorted(pair.extra.items()), pair.split, pair.fault)).encode() + grey(pair).tobytes()
+        )
+    return sha.hexdigest()[:16]
+
+
+SHIFTS = ("none", "pixel", "blur", "contrast", "noise")
+
+
+def scans(pairs: list[RawPair]) -> list[int]:
+    return [pair.extra["meta.picture"] for pair in pairs]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_the_target_holds_every_digit_once(shift: str) -> None:
+    pairs = read("target", shift=shift)
+    assert Counter(pair.split for pair in pairs) == {"train": 600, "pool": 500, "val": 150, "test": 547}
+    assert sorted(scans(pairs)) == list(range(1797))
+    assert [pair.extra["label"] for pair in pairs] == digits.load()[1][scans(pairs)].tolist()
+    assert len({pair.key for pair in pairs}) == len(pairs)
+    named = Matcher(digits.WORDS).match([text(pair) for pair in pairs])
+    assert named.ids.tolist() == [pair.extra["label"] for pair in pairs]
+    for split in ("train", "pool", "val", "test"):
+        keys = [pair.key for pair in of(pairs, split)]
+        assert keys == sorted(keys), "the stream is in the order of the keys"
+        assert len(set(Counter(pair.extra["label"] for pair in of(pairs, split)[:80]))) == 10, "and mixes the digits"
+
+
+def test_a_target_is_divided_alike_whatever_its_shift() -> None:
+    clean, pixel = read("target"), read("target", shift="pixel")
+    assert of(clean, "train") == of(pixel, "train")
+    for split in ("pool", "val", "test"):
+        assert scans(of(clean, split)) == scans(of(pixel, split))
+        assert {pair.key for pair in of(clean, split)}.isdisjoint(pair.key for pair in of(pixel, split))
+    assert scans(of(read("target", seed=1), "test")) != scans(of(clean, "test"))
+
+
+def test_a_model_of_the_plain_pool_never_saw_the_target() -> None:
+    plain, target = of(read("plain", train=600), "train"), read("target")
+    assert [(pair.image, text(pair)) for pair in plain] == [(pair.image, text(pair)) for pair in of(target, "train")]
+    assert not {pair.image for pair in plain} & {pair.image for pair in target if pair.split != "train"}
+
+
+def test_target_pictures_are_shifted_by_definition() -> None:
+    images, _ = digits.load()
+    exact = {"none": lambda grey: grey, "pixel": sideways, "blur": blurred, "contrast": lambda grey: 0.25 + 0.5 * grey}
+    for shift, change in exact.items():
+        for pair in of(read("target", shift=shift, sigma=0.0, size_px=8, contrast=0.5, brightness=0.25), "val")[:20]:
+            expected = np.rint(255 * change(images[pair.extra["meta.picture"]] / 16))
+            assert np.abs(grey(pair) - expected).max() <= 1, "a half may be rounded either way"
+    for shift, sigma in (("noise", 0.3), ("pixel", 0.4)):
+        pairs = of(read("target", shift=shift, size_px=8), "test")
+        clean = np.stack([exact.get(shift, exact["none"])(images[scan] / 16) for scan in scans(pairs)])
+        noisy = np.stack([grey(pair) / 255 for pair in pairs])
+        assert np.mean(noisy[clean == 0] == 0) == pytest.approx(0.5, abs=0.02), "grey levels stop at black, so half of its noise shows"
+        assert np.sqrt(np.mean(noisy[clean == 0] ** 2)) == pytest.approx(sigma / np.sqrt(2), rel=0.05)
+
+
+def test_noise_belongs_to_the_key() -> None:
+    whole = {pair.key: pair.image for pair in read("target", shift="noise")}
+    fewer = {pair.key: pair.image for pair in read("target", shift="noise", classes=[3])}
+    assert fewer.items() <= whole.items()
+    assert len(set(whole.values())) == len(whole)
+
+
+def test_the_drift_is_one_stream_that_starts_clean() -> None:
+    pairs = read("target", shift="drift", size_px=8)
+    assert Counter(pair.split for pair in pairs) == {"train": 600, "test": 1197}
+    stream = of(pairs, "test")
+    blocks = np.asarray([pair.extra["meta.block"] for pair in stream])
+    assert set(np.bincount(blocks)) == {99, 100}
+    assert (np.diff(blocks) >= 0).all()
+    assert all("meta.block" not in pair.extra for pair in of(pairs, "train"))
+    clean = np.stack([digits.load()[0][scan] / 16 for scan in scans(stream)])
+    far = np.abs(np.stack([grey(pair) / 255 for pair in stream]) - clean).mean(axis=(1, 2))
+    by_block = [far[blocks == block].mean() for block in range(12)]
+    assert by_block[0] < 1 / 255
+    assert by_block == sorted(by_block)
+
+
+def test_robust_training_shifts_the_training_pictures() -> None:
+    clean, robust = read("target", shift="noise"), read("target", shift="noise", shift_train=True)
+    assert of(clean, "test") == of(robust, "test")
+    assert scans(of(clean, "train")) == scans(of(robust, "train"))
+    assert {pair.key for pair in of(clean, "train")}.isdisjoint(pair.key for pair in of(robust, "train"))
+    assert {pair.image for pair in of(clean, "train")}.isdisjoint(pair.image for pair in of(robust, "train"))
+
+
+@pytest.mark.parametrize("pool", [*SMALL, "target"])
+def test_classes_restrict_what_was_drawn_before(pool: str) -> None:
+    values = SMALL.get(pool, {})
+    whole, low, high = read(pool, **values), read(pool, **values, classes=[0, 1, 2, 3, 4]), read(pool, **values, classes=[5, 6, 7, 8, 9])
+    assert {pair.extra["label"] for pair in low} == set(range(5))
+    assert sorted([*low, *high], key=lambda pair: pair.key) == sorted(whole, key=lambda pair: pair.key)
+
+
+def test_a_stream_becomes_a_dataset_in_its_order(tmp_path: Path) -> None:
+    dataset = ingest_all(Config.parse({"pool": "target", "shift": "drift", "train": 1200, "size_px": 8}).build(), tmp_path / "out")
+    frame = dataset.read()
+    assert frame.group_by("split").len().sort("split").rows() == [("test", 597), ("train", 1200)]
+    assert frame.filter(split="test").sort("key")["meta.block"].is_sorted()
+    assert frame.filter(split="train")["meta.block"].null_count() == 1200
+
+
+def test_wrong_targets_are_refused() -> None:
+    for wrong in (
+        {"shift": "pixel"},
+        {"sigma": 0.1},
+        {"pool": "target", "shift": "rotation"},
+        {"pool": "target", "shift": "drift", "shift_train": True},
+        {"pool": "target", "train": 1200},
+        {"pool": "target", "pool_rows": 1000, "val_rows": 197},
+        {"classes": []},
+        {"classes": [3, 3]},
+        {"classes": [10]},
+    ):
+        with pytest.raises(ConfigError):
+            Config.parse(wrong)
+    assert (Config.parse({}).training, Config.parse({"pool": "target"}).training) == (1200, 600)
+    again = Config.parse({"pool": "target", "train": 300})
+    assert Config.parse(again.plain()) == again

@@ -7,27 +7,40 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
 - `zipf-junk`: pictures drawn so that the digits' frequencies fall as 1 / rank^2 (which digit has which rank is the seed's), and more than
   a third of the texts replaced by camera file names that name nothing: what a crawl looks like (MetaCLIP);
 - `dense-classes`: three digits twelve times over with a little noise, the others once: concepts of unequal density (Density-Based Pruning);
-- `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP).
+- `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP);
+- `target`: clean pictures to train on, and all other digits shifted: a domain to adapt to (GDA, NoLA, AdaNPC, model patching). Which digit
+  is in which split is the seed's and the same for every shift, so a model of one dataset never saw the test pictures of another. The
+  training pictures and texts are those of `plain` with as many of them.
+
+  | split | pictures | what for |
+  |---|---|---|
+  | `train` | 600 or `train`, clean (shifted with `shift_train`) | training; the memory of a test-time method |
+  | `pool` | `pool_rows`, shifted | few shots, or unlabelled examples |
+  | `val` | `val_rows`, shifted | choosing hyper-parameters |
+  | `test` | all others, shifted; keys in the order of the stream | measuring |
+
+  With the shift `drift`, all that is not `train` is one stream in `test`, clean at first and more corrupted from block to block.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
+from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
 
-Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids"]
+Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "target"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "septet", "octet", "nonet")
@@ -38,7 +51,9 @@ TEST_TEXT = "the number {}"
 JUNK = ("IMG_{:04d}.JPG", "DSC{:05d}.jpg", "scan-{:05d}.png", "untitled ({})", "P10{:05d}")
 
 PICTURES, TEST = 1797, 597
+TARGET_TRAIN = 600
 SIDE_PX, LEVELS = 8, 16
+CONTRAST, BRIGHTNESS = 0.5, 0.2
 PART_ROWS = 2000
 
 _Int = NDArray[np.int64]
@@ -52,8 +67,11 @@ class Config(BaseConfig):
     seed: int = Field(
         0, ge=0, lt=2**63, description="names the draws: which pictures are for training, the pool's classes, texts and noise"
     )
-    train: int = Field(
-        PICTURES - TEST, ge=10, le=PICTURES - TEST, description="pictures of the training share; never one of the test split"
+    train: int | None = Field(
+        None,
+        ge=10,
+        le=PICTURES - TEST,
+        description="pictures of the training share; never one of the test split; null: 1,200, of the target 600",
     )
     size_px: int = Field(16, ge=SIDE_PX, le=256, description="side of the picture in pixels, a multiple of 8: every pixel becomes a square")
     rows: int = Field(12_000, ge=10, le=1_000_000, description="zipf-junk: pairs of the pool")
@@ -62,6 +80,25 @@ class Config(BaseConfig):
     dense: tuple[int, ...] = Field((0, 4, 6), description="dense-classes: the digits that are repeated")
     copies: int = Field(12, ge=1, le=1000, description="dense-classes: times that a repeated picture occurs")
     noise: float = Field(0.5, ge=0, le=LEVELS, description="dense-classes: standard deviation of the noise, in grey levels of 16")
+    classes: tuple[int, ...] = Field(
+        tuple(range(10)), min_length=1, description="the digits that are read, of every split; the splits are drawn before, from all"
+    )
+    shift: Shift = Field(
+        "none",
+        description="target: `pixel`: one pixel sideways; `blur`: 3 x 3; `contrast`; `noise`: nothing but it; `drift`: a stream of 12 blocks",
+    )
+    sigma: float | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="target: standard deviation of the noise, black to white is 1; null: the shift's own: "
+        + ", ".join(f"{shift} {sigma:g}" for shift, sigma in SIGMA.items()),
+    )
+    contrast: float = Field(CONTRAST, ge=0, le=1, description="target, shift `contrast`: factor of the grey levels")
+    brightness: float = Field(BRIGHTNESS, ge=-1, le=1, description="target, shift `contrast`: what is added to them, black to white is 1")
+    pool_rows: int = Field(500, ge=0, description="target: pictures of the split `pool`; none in a drift")
+    val_rows: int = Field(150, ge=0, description="target: pictures of the split `val`; none in a drift")
+    shift_train: bool = Field(False, description="target: shift the training pictures too (not by a drift)")
 
     @field_validator("size_px")
     @classmethod
@@ -70,12 +107,32 @@ class Config(BaseConfig):
             raise ValueError(f"a multiple of {SIDE_PX}")
         return size_px
 
-    @field_validator("dense")
+    @field_validator("dense", "classes")
     @classmethod
-    def _are_digits(cls, dense: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(dense)) < len(dense) or not set(dense) <= set(range(10)):
+    def _are_digits(cls, digits: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(digits)) < len(digits) or not set(digits) <= set(range(10)):
             raise ValueError("digits from 0 to 9, each at most once")
-        return dense
+        return digits
+
+    @model_validator(mode="after")
+    def _fits_the_pool(self) -> Self:
+        if self.pool != "target" and (self.shift != "none" or self.sigma is not None or self.shift_train):
+            raise ValueError("shift, sigma and shift_train belong to the pool 'target'")
+        if self.shift == "drift" and self.shift_train:
+            raise ValueError("shift_train: a drift has no one shift that training pictures could have")
+        if self.pool == "target" and self.shift != "drift" and self.training + self.pool_rows + self.val_rows >= PICTURES:
+            raise ValueError(f"train, pool_rows and val_rows leave none of the {PICTURES} pictures for the test")
+        return self
+
+    @property
+    def training(self) -> int:
+        """Pictures of the training share."""
+        return self.train or (TARGET_TRAIN if self.pool == "target" else PICTURES - TEST)
+
+    @property
+    def corruption(self) -> Corruption:
+        """What befalls the pictures of the target."""
+        return Corruption(self.shift, SIGMA[self.shift] if self.sigma is None else self.sigma, self.contrast, self.brightness)
 
     def build(self) -> Digits:
         """The source. Needs nothing but scikit-learn's own data file."""
@@ -89,7 +146,7 @@ class Rows:
     Attributes:
         picture_N: int64 `[N]`, which of the 1,797.
         texts: N texts.
-        noisy_N: bool `[N]`, the rows whose picture gets noise.
+        noisy_N: bool `[N]`, the rows whose picture gets noise, or is shifted.
     """
 
     picture_N: _Int
@@ -98,32 +155,50 @@ class Rows:
 
 
 class Digits(Source):
-    """Pairs with the extra columns `label` (0 to 9), `label_name` (its English word) and `meta.synonym` (another word for it)."""
+    """Pairs with the extra columns `label` (0 to 9), `label_name` (its English word) and `meta.synonym` (another word for it).
+
+    Pairs of the pool `target` also have `meta.picture` (which of the 1,797 it is, the same in every shift) and, in a drift's stream,
+    `meta.block` (0 to 11).
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def parts(self) -> Sequence[str]:
-        """`test`, then runs of 2,000 pairs of the pool."""
+        """`test`, then runs of 2,000 pairs of the pool; of the target its splits."""
+        if self.config.pool == "target":
+            return sorted(split for split, rows in self._target.items() if rows.texts)
         return ["test", *(f"train-{index:05d}" for index in range(-(-len(self._pool.texts) // PART_ROWS)))]
 
     def read(self, part: str) -> Iterator[RawPair]:
         """The pairs of one part. Keys tell the pool and the row; the same configuration gives the same bytes."""
         split, _, number = part.partition("-")
-        rows = self._test if split == "test" else self._pool
+        target = self.config.pool == "target"
+        rows = self._target[split] if target else self._test if split == "test" else self._pool
         first = int(number or 0) * PART_ROWS
         last = min(first + PART_ROWS, len(rows.texts)) if number else len(rows.texts)
         for row in range(first, last):
-            picture = int(rows.picture_N[row])
-            label = int(load()[1][picture])
-            name = f"test-{picture:04d}" if split == "test" else f"{self.config.pool}-{row:06d}"
-            yield RawPair(
-                key=f"digits-{name}",
-                image=self._noisy(picture, row) if rows.noisy_N[row] else _clean(picture, self.config.size_px),
-                captions=[(rows.texts[row], "alt")],
-                extra={"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]},
-                split=split,
-            )
+            label = int(load()[1][rows.picture_N[row]])
+            if label in self.config.classes:
+                key, image, extra = (self._of_target if target else self._of_pool)(split, rows, row)
+                named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
+                yield RawPair(f"digits-{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+
+    def _of_pool(self, split: str, rows: Rows, row: int) -> tuple[str, bytes, dict[str, int]]:
+        picture = int(rows.picture_N[row])
+        key = f"test-{picture:04d}" if split == "test" else f"{self.config.pool}-{row:06d}"
+        return key, self._noisy(picture, row) if rows.noisy_N[row] else _clean(picture, self.config.size_px), {}
+
+    def _of_target(self, split: str, rows: Rows, row: int) -> tuple[str, bytes, dict[str, int]]:
+        """Keys name the shift of the picture itself, so that clean training pairs are the same pairs whatever the target's shift is."""
+        picture, drift = int(rows.picture_N[row]), self.config.shift == "drift"
+        if not rows.noisy_N[row]:
+            return f"clean-{split}-{row:04d}", _clean(picture, self.config.size_px), {"meta.picture": picture}
+        key, block = f"{self.config.shift}-{split}-{row:04d}", block_of(row, len(rows.texts))
+        draw = chance.generator(self.config.seed, "digits target", key)
+        grey = self.config.corruption.apply(load()[0][picture] / LEVELS, draw, strength_of(block) if drift else 1.0)
+        extra = {"meta.picture": picture, "meta.block": block} if drift else {"meta.picture": picture}
+        return key, _png(grey * LEVELS, self.config.size_px), extra
 
     @cached_property
     def _order(self) -> _Int:
@@ -131,12 +206,11 @@ class Digits(Source):
 
     @cached_property
     def _test(self) -> Rows:
-        picture_N = np.sort(self._order[:TEST])
-        return Rows(picture_N, [TEST_TEXT.format(WORDS[label]) for label in load()[1][picture_N]], np.zeros(len(picture_N), dtype=bool))
+        return _plainly_named(np.sort(self._order[:TEST]), shifted=False)
 
     @cached_property
     def _pool(self) -> Rows:
-        train_T = self._order[TEST : TEST + self.config.train]
+        train_T = self._order[TEST : TEST + self.config.training]
         draw = chance.generator(self.config.seed, f"digits {self.config.pool}")
         match self.config.pool:
             case "zipf-junk":
@@ -147,8 +221,23 @@ class Digits(Source):
                 numbers = draw.permutation(len(train_T)).tolist()
                 texts = [f"photo {WORDS[label]} stock id{number}" for label, number in zip(load()[1][train_T], numbers, strict=True)]
                 return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
-            case "plain":
+            case "plain" | "target":
+                draw = chance.generator(self.config.seed, "digits plain")
                 return Rows(train_T, _texts(train_T, draw), np.zeros(len(train_T), dtype=bool))
+
+    @cached_property
+    def _target(self) -> dict[str, Rows]:
+        """The splits of the pool `target`. Texts of `test` and `val` have the one form that other pools test with."""
+        held_T = np.concatenate([self._order[:TEST], self._order[TEST + self.config.training :]])
+        pool, val = (0, 0) if self.config.shift == "drift" else (self.config.pool_rows, self.config.val_rows)
+        pool_T, val_T, test_T = np.split(held_T, [pool, pool + val])
+        draw = chance.generator(self.config.seed, "digits target texts")
+        return {
+            "train": replace(self._pool, noisy_N=np.full(self.config.training, self.config.shift_train)),
+            "pool": Rows(pool_T, _texts(pool_T, draw), np.ones(len(pool_T), dtype=bool)),
+            "val": _plainly_named(val_T, shifted=True),
+            "test": _plainly_named(test_T, shifted=True),
+        }
 
     def _zipf_junk(self, train_T: _Int, draw: np.random.Generator) -> Rows:
         """Draws the class by rank, then one of its pictures; then hides texts."""
@@ -181,6 +270,11 @@ def load() -> tuple[NDArray[np.float64], _Int]:
 
     data = load_digits()
     return data.images, data.target.astype(np.int64)
+
+
+def _plainly_named(picture_N: _Int, *, shifted: bool) -> Rows:
+    texts = [TEST_TEXT.format(WORDS[label]) for label in load()[1][picture_N]]
+    return Rows(picture_N, texts, np.full(len(picture_N), shifted))
 
 
 def _texts(picture_N: _Int, draw: np.random.Generator) -> list[str]:
