@@ -22,7 +22,7 @@ POOL: dict[str, Any] = {
         "model": "digits-16",
         "objective": {"method": "clip"},
         "optimizer": {"method": "adamw", "lr": 1.0e-3},
-        "steps": 400,
+        "steps": 150,
         "batch_size": 16,
         "log_every": 1,
         "checkpoint_every_steps": 10,

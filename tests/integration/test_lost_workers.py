@@ -27,8 +27,7 @@ def kill_one(command: Command, name: str, ready: object) -> None:
     victims[0].kill()
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_that_loses_workers_of_ray_data_and_ray_train_goes_on_by_itself(fresh: Path, diptych: Diptych, expected: Results) -> None:
     project = fresh
     command = diptych(project, "run", "pool")

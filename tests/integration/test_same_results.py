@@ -30,8 +30,7 @@ def repro(project: Path, target: str) -> str:
     return done.stdout
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset gives a process fewer cores")
 def test_one_core_with_ray_gives_what_one_process_gives(fresh: Path, diptych: Diptych, expected: Results) -> None:
     diptych(fresh, "run", "pool", "--until", "caption", core=0).done().leaves_nobody()
@@ -47,8 +46,7 @@ def test_dvc_has_nothing_to_do_after_a_run(reference: Path, tmp_path: Path) -> N
     assert (project / "dvc.lock").read_bytes() == before
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_has_nothing_to_do_after_dvc_and_both_leave_the_same_lock(tmp_path: Path, diptych: Diptych) -> None:
     by_dvc, by_run = make_project(tmp_path / "dvc", LIGHT), make_project(tmp_path / "run", LIGHT)
     assert repro(by_dvc, "evaluate@light").count("Running stage") == 7

@@ -56,6 +56,9 @@ class Session:
     _started: bool = field(default=False, init=False)
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            # Polars hooks SIGINT with SA_RESTART: a main thread that waits for a lock would then sleep on through Ctrl-C.
+            signal.siginterrupt(signal.SIGINT, True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
