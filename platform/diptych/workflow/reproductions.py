@@ -45,16 +45,20 @@ def _record(tracker: tracking.Tracker, result: claims.ClaimResult) -> None:
     tracker.params(summary, {"seeds": list(file.seeds), "arms": list(file.arms), "code": digest.short(identity.code("train"))})
     for finding in result.findings:
         d, e = finding.demand, finding.estimate
-        name = f"claim/{d.better}-{d.worse}/{d.metric.rsplit('/', 1)[1]}"
+        name = f"claim/{d.better}{'' if d.worse is None else f'-{d.worse}'}/{d.metric.rsplit('/', 1)[1]}"
         tracker.metrics(summary, {name: e.mean, f"{name}/low": e.low, f"{name}/high": e.high})
     tracker.metrics(summary, {"claim/shown": float(result.shown), "time/total_s": result.wall_s})
     for row in result.table.iter_rows(named=True):
         trial = tracker.start(
             f"{file.claim}/{row['arm']}/s{row['seed']}", tags={**group, "kind": "arm", "arm": row["arm"], "seed": str(row["seed"])}
         )
-        tracker.metrics(trial, {METRIC_NAMES.get(key, f"eval/{key}"): value for key, value in row.items() if isinstance(value, float)})
+        tracker.metrics(trial, {_metric_name(key): value for key, value in row.items() if isinstance(value, float)})
         tracker.end(trial)
     tracker.end(summary)
+
+
+def _metric_name(key: str) -> str:
+    return key if key.startswith("train/") else METRIC_NAMES.get(key, f"eval/{key}")
 
 
 def _plain(result: claims.ClaimResult) -> dict[str, Any]:
@@ -100,13 +104,31 @@ def _entry(found: Mapping[str, Any], file: claims.ClaimFile) -> str:
     lines = [f"## {found['claim']}", "", file.about, ""]
     if file.paper:
         lines += [f"Paper: {file.paper}. {file.headline}", ""]
-    lines += ["| figure | arms | difference | 95 % interval | demanded | result | values by seed |", "|---|---|---|---|---|---|---|"]
+    lines += ["| figure | compared | difference | 95 % interval | demanded | result | values by seed |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {f['metric']} | {f['better']} − {f['worse']} | {f['mean']:+.3f} | {f['low']:+.3f} to {f['high']:+.3f} | ≥ {f['least']:+.3f} | {'shown' if f['shown'] else 'not shown'} | {_list(f['better_values'])} against {_list(f['worse_values'])} |"
+        f"| {f['metric']} | {_compared(f)} | {f['mean']:+.3f} | {f['low']:+.3f} to {f['high']:+.3f} | {_demanded(f)} | {'shown' if f['shown'] else 'not shown'} | {_values(f)} |"
         for f in found["findings"]
     ]
     lines += ["", f"Seeds {', '.join(map(str, found['seeds']))}; {found['wall_s']:.0f} s. `diptych claim {found['claim']}`", ""]
     return "\n".join(lines)
+
+
+def _compared(finding: Mapping[str, Any]) -> str:
+    """The two sides: two arms, or one arm's figure and another figure; or the one arm whose figure is judged by itself."""
+    if finding["worse"] is None:
+        return str(finding["better"])
+    other = finding["worse"] if finding.get("against") is None else f"{finding['against']} of {finding['worse']}"
+    times = "" if finding.get("factor", 1) == 1 else f"{finding['factor']:g} × "
+    return f"{finding['better']} − {times}{other}"
+
+
+def _demanded(finding: Mapping[str, Any]) -> str:
+    words = f"{'≥' if finding['least'] > 0 else 'above'} {finding['least']:+.3f}"
+    return words + (", every seed" if finding.get("every_seed") else "")
+
+
+def _values(finding: Mapping[str, Any]) -> str:
+    return _list(finding["better_values"]) + ("" if finding["worse"] is None else f" against {_list(finding['worse_values'])}")
 
 
 def _list(values: list[float]) -> str:

@@ -1,0 +1,122 @@
+"""Claims: arms as workflows, references between them, and when an effect counts as shown."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.workflow.conftest import WORKFLOW
+
+from diptych.core.errors import ConfigError
+from diptych.engine.progress import Progress
+from diptych.engine.session import Session
+from diptych.workflow import claim, yaml
+from diptych.workflow.project import Project
+
+CLAIMS = Path(__file__).parents[2] / "workflows" / "claims"
+
+
+def file_of(**changes: Any) -> dict[str, Any]:
+    base = copy.deepcopy({**WORKFLOW, "name": "claim-small", "caption": []})
+    whole = {
+        "claim": "small",
+        "about": "A test.",
+        "seeds": [0, 1, 2],
+        "base": base,
+        "arms": {
+            "pruned": {"data.seed": "@seed"},
+            "random": {"data.seed": "@seed", "prune": [{"method": "random-subset", "count": "@rows:pruned"}]},
+            "tuned": {"data.seed": "@seed", "train.init": "@model:pruned", "train.steps": 2},
+        },
+        "demands": [{"better": "pruned", "worse": "random", "metric": "digits/zero-shot/acc1", "least": 0.5}],
+    }
+    return {**whole, **changes}
+
+
+def written(folder: Path, data: dict[str, Any]) -> Path:
+    path = folder / "workflows" / "claims" / "small.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.dump(data))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_claim_of_ours_is_sound(path: Path) -> None:
+    found = claim.load(path)
+    assert found.claim == path.stem
+    assert len(found.seeds) >= 3
+
+
+def test_all_mistakes_of_a_claim_are_told_at_once(tmp_path: Path) -> None:
+    data = file_of()
+    data["arms"]["random"]["prune"][0]["count"] = "@rows:prunned"
+    data["arms"]["tuned"]["train.optimizer.lrr"] = 1.0
+    data["demands"][0]["worse"] = "rondom"
+    with pytest.raises(ConfigError) as caught:
+        claim.load(written(tmp_path, data))
+    text = str(caught.value)
+    assert "did you mean 'pruned'?" in text
+    assert "did you mean 'random'?" in text
+    assert "arms.tuned: train.optimizer.lrr" in text
+
+
+def test_arms_refer_to_each_other() -> None:
+    found = claim.ClaimFile.parse(file_of())
+    assert claim.references(found, "pruned") == []
+    assert claim.references(found, "random") == [("@rows:pruned", "pruned")]
+    assert claim.references(found, "tuned") == [("@model:pruned", "pruned")]
+    workflow = claim.arm_workflow(found, "random", 7, Path("claim.yaml"), {"@rows:pruned": 30})
+    assert (workflow.seed, workflow.raw["data"]["seed"]) == (7, 7)
+    assert workflow.prune[0].plain()["count"] == 30
+
+
+@pytest.mark.slow
+def test_a_claim_runs_its_arms_at_equal_size_and_from_each_others_models(project: Path) -> None:
+    path = written(project, file_of())
+    with Session(in_process=True) as session:
+        result = claim.run(path, Project(project), session, Progress(quiet=True))
+    by_arm = {arm: frame for (arm,), frame in result.table.partition_by("arm", as_dict=True).items()}
+    assert by_arm["pruned"]["rows"].to_list() == by_arm["random"]["rows"].to_list()
+    lineage = yaml.read(project / "runs/claims/small/tuned-s1/train/lineage.json")
+    assert lineage["init"] == str((project / "runs/claims/small/pruned-s1/compress").resolve())
+    assert not result.shown
+    assert "NOT shown" in claim.text(result)
+
+
+def finding(least: float, better: list[float], worse: list[float], direction: str = "higher") -> claim.Finding:
+    demand = claim.Demand.parse({"better": "a", "worse": "b", "metric": "set/task/acc1", "least": least, "direction": direction})
+    rows = [
+        {"setting": {"arm": arm, "seed": seed}, "metrics": {"set/task/acc1": value}}
+        for arm, values in (("a", better), ("b", worse))
+        for seed, value in enumerate(values)
+    ]
+    return claim._judge(demand, rows)
+
+
+@pytest.mark.parametrize(
+    ("least", "better", "worse", "direction", "shown"),
+    [
+        (0.05, [0.60, 0.61, 0.62], [0.50, 0.50, 0.52], "higher", True),
+        (0.20, [0.60, 0.61, 0.62], [0.50, 0.50, 0.52], "higher", False),  # too small
+        (0.05, [0.60, 0.90, 0.40], [0.50, 0.50, 0.52], "higher", False),  # the interval holds zero
+        (0.05, [0.50, 0.50, 0.52], [0.60, 0.61, 0.62], "lower", True),
+        (-0.02, [0.50, 0.51, 0.50], [0.50, 0.51, 0.51], "higher", True),  # nothing lost
+        (-0.02, [0.50, 0.40, 0.50], [0.50, 0.51, 0.51], "higher", False),
+        (0.0, [0.50, 0.51], [0.50, 0.51], "higher", True),
+    ],
+)
+def test_when_an_effect_is_shown(least: float, better: list[float], worse: list[float], direction: str, shown: bool) -> None:
+    assert finding(least, better, worse, direction).shown == shown
+
+
+def test_a_figure_against_another_of_the_same_arm() -> None:
+    demand = claim.Demand.parse({"better": "a", "worse": "a", "metric": "s/gda/acc1", "against": "s/zero-shot/acc1", "least": 0.1})
+    rows = [
+        {"setting": {"arm": "a", "seed": seed}, "metrics": {"s/gda/acc1": 0.6, "s/zero-shot/acc1": 0.4 + seed / 100}} for seed in range(3)
+    ]
+    assert claim._judge(demand, rows).shown
+    assert demand.title == "s/gda/acc1 - s/zero-shot/acc1"
+    with pytest.raises(ConfigError, match="not measured"):
+        claim._judge(demand.model_copy(update={"against": "s/zeroshot/acc1"}), rows)
