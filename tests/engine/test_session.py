@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+
 def test_ctrl_c_wakes_a_main_thread_that_waits_for_a_lock() -> None:
     """Polars hooks SIGINT so that system calls restart; a wait for a lock would not notice it."""
     code = """

@@ -7,9 +7,8 @@ import pytest
 from scipy import stats
 
 from diptych.core.errors import ConfigError, DataError
-from diptych.core.points import Metric
 from diptych.evaluate import intervals
-from diptych.evaluate.intervals import compare, difference, holm, interval, mcnemar, mean_over_seeds, median_interval, paired
+from diptych.evaluate.intervals import difference, holm, interval, mcnemar, mean_over_seeds, median_interval, paired
 
 RNG = np.random.default_rng(7)
 
@@ -18,8 +17,9 @@ def plain_bootstrap(values, resamples, weights=None):
     """The definition, row by row, from draws of its own."""
     rng = np.random.default_rng(1)
     weights = np.ones(len(values)) if weights is None else weights
-    index = rng.integers(0, len(values), (resamples, len(values)))
-    return (values[index] * weights[index]).sum(1) / weights[index].sum(1)
+    summands = values * weights
+    draws = (rng.integers(0, len(values), len(values)) for _ in range(resamples))
+    return np.array([summands[index].sum() / weights[index].sum() for index in draws])
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,10 @@ def plain_bootstrap(values, resamples, weights=None):
         (RNG.choice([1.0, 0.5, 1 / 3], 500), None),
         ((RNG.random(300) < 0.6).astype(float), RNG.choice([0.5, 2.0], 300)),
         ((RNG.random(30) < 0.6).astype(float), RNG.random(30) + 0.1),
+        (RNG.standard_normal(4200), None),
+        (np.concatenate([RNG.exponential(1e-3, 4190), RNG.exponential(1.0, 10)]), None),
     ],
-    ids=["binary-cells", "rows", "few-values", "weighted-cells", "weighted-rows"],
+    ids=["binary-cells", "rows", "few-values", "weighted-cells", "weighted-rows", "strata", "strata-heavy-tail"],
 )
 def test_cells_and_rows_draw_from_the_bootstrap_distribution(values, weights):
     ours = intervals.bootstrap_means(values, 0, 20_000, weights)
@@ -64,6 +66,36 @@ def test_interval_does_not_depend_on_the_chunks(monkeypatch):
     whole = interval(hits, 0), interval(values, 0)
     monkeypatch.setattr(intervals, "CHUNK", 1000)
     assert (interval(hits, 0), interval(values, 0)) == whole
+
+
+def test_strata_hold_every_example_and_their_mean_and_variance():
+    values = np.concatenate([RNG.exponential(1.0, 6000), [1e4, -1e4]])
+    mean, variance, count = intervals._strata(values)
+    assert count.sum() == len(values)
+    assert len(count) <= intervals.STRATA + 2 * intervals.OUTERMOST
+    assert np.average(mean, weights=count) == pytest.approx(values.mean())
+    assert np.average(variance + mean**2, weights=count) - values.mean() ** 2 == pytest.approx(values.var())
+    assert (mean[0], mean[-1], variance[0], variance[-1]) == (-1e4, 1e4, 0, 0), "the outermost are strata of their own"
+
+
+def test_strata_of_values_that_differ_at_the_ends_alone():
+    mean, variance, count = intervals._strata(np.concatenate([np.full(5000, 0.25), np.arange(32)]))
+    assert np.average(mean, weights=count) == pytest.approx((1250 + 496) / 5032)
+    assert not variance[count > 1].any()
+
+
+def test_strata_keep_the_skewness_of_the_bootstrap():
+    values = RNG.exponential(1.0, 4200) ** 3
+    ours = intervals.bootstrap_means(values, 0, 40_000)
+    expected = stats.skew(values) / math.sqrt(len(values))
+    assert stats.skew(ours) == pytest.approx(expected, abs=5 * math.sqrt(6 / 40_000))
+
+
+def test_interval_does_not_depend_on_the_chunks_of_strata(monkeypatch):
+    values = RNG.random(5000)
+    whole = interval(values, 0)
+    monkeypatch.setattr(intervals, "CHUNK", 10_000)
+    assert interval(values, 0) == whole
 
 
 def test_weighted_interval_stays_within_the_range_of_the_values():
@@ -136,7 +168,15 @@ def test_hits_are_compared_by_mcnemars_test():
     assert result.p_value == pytest.approx(2 * sum(math.comb(17, k) for k in range(6)) / 2**17)
     assert result.effect == pytest.approx(2 * math.asin(math.sqrt(0.84)) - 2 * math.asin(math.sqrt(0.70)))
     assert result.p_bootstrap == pytest.approx(result.p_value, abs=0.12)
+    assert (result.higher, result.equal, result.lower) == (12, 33, 5)
     assert mcnemar([1, 0], [1, 0]) == 1.0
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (3, 3), (4, 9), (0, 60), (2600, 2411)])
+def test_mcnemars_test_is_the_exact_binomial_test(gained, lost):
+    a, b = [0] * gained + [1] * lost + [1, 0], [1] * gained + [0] * lost + [1, 0]
+    expected = stats.binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -152,31 +192,6 @@ def test_holm_against_its_definition():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
     assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
-
-
-def row(values, *, task="zero-shot", settings=None, keys=None):
-    values = np.asarray(values, np.float32)
-    keys = keys or [str(i) for i in range(len(values))]
-    return Metric("s", task, "acc1", float(values.mean()), len(values), 0, 1, settings or {}, keys, values)
-
-
-def test_compare_corrects_over_all_rows_and_skips_medians():
-    better, worse = np.ones(40), np.arange(40) % 2
-    median = Metric("s", "retrieval", "median_rank", 3, 40, 1, 5)
-    found = compare([row(worse), row(worse, task="x"), median], [row(better), row(worse, task="x"), median], seed=0)
-    assert [entry.key for entry in found] == ["s/zero-shot/acc1", "s/x/acc1"]
-    assert found[0].p_holm == pytest.approx(2 * found[0].test.p_value)
-    assert (found[0].a, found[0].b, found[1].p_holm) == (0.5, 1.0, 1.0)
-
-
-def test_compare_refuses_unequal_settings_and_lonely_rows():
-    with pytest.raises(DataError, match="templates") as caught:
-        compare([row([1], settings={"templates": "x", "n": 1})], [row([1], settings={"templates": "y", "n": 1})], seed=0)
-    assert "'n'" not in str(caught.value)
-    with pytest.raises(DataError, match="classes"):
-        compare([row([1], settings={"classes": 3})], [row([1])], seed=0)
-    with pytest.raises(DataError, match="s/x/acc1"):
-        compare([row([1]), row([1], task="x")], [row([1])], seed=0)
 
 
 def test_mean_over_seeds_is_students_interval():

@@ -1,4 +1,4 @@
-"""The verbs that run experiments: `run`, `plan`, `claim`, `phase`."""
+"""The verbs that run experiments: `run`, `plan`, `evaluate`, `claim`, `phase`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,17 @@ def phase(options: argparse.Namespace) -> int:
     from diptych.workflow import run as runs
 
     runs.phase(load(options), options.phase)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`diptych evaluate`."""
+    from diptych.workflow import matrix
+    from diptych.workflow.project import Project
+
+    project = Project.find(Path.cwd())
+    outcome = matrix.run(matrix.load(Path(options.matrix), options.overrides), project, options.tracking_uri, options.quiet)
+    sys.stdout.write(matrix.text(outcome) + "\n")
     return 0
 
 

@@ -115,6 +115,12 @@ def _run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     claim.add_argument("name", nargs="?", help="a claim in workflows/claims/; without it they are listed")
     claim.add_argument("--in-process", action="store_true", help="without Ray, arms in turn")
     _tracking(claim)
+    evaluate = _verb(verbs, "evaluate", "measure many checkpoints on many sets, each picture decoded once", "experiments:evaluate",
+                     "The file: name, models: {NAME: DIRECTORY or open_clip:ARCHITECTURE/TAG}, sets: {NAME: {data: …}}, benchmarks: […].")  # fmt: skip
+    evaluate.add_argument("matrix", help="the matrix file")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change, e.g. precision=half")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress lines")
+    _tracking(evaluate)
     phase = verbs.add_parser("phase", description="Runs one phase; what dvc.yaml calls.")
     phase.add_argument("phase")
     _workflow(phase)
@@ -123,7 +129,12 @@ def _run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _question_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     compare = _verb(verbs, "compare", "test whether one run is better than another, on the same examples", "questions:compare")
-    compare.add_argument("runs", nargs="*", metavar="RUN", help="two runs by name; without them all runs are listed")
+    compare.add_argument("runs", nargs="*", metavar="RUN", help="the baseline, then one or more other runs; without any all runs are listed")
+    compare.add_argument("--common", action="store_true", help="where some figures cannot be compared, compare the rest and list them")
+    compare.add_argument("--html", metavar="FILE", help="the page; default: runs/.compare/A--B.html")
+    compare.add_argument("--csv", metavar="FILE", help="also write the table, in full precision")
+    compare.add_argument("--latex", metavar="FILE", help="also write the table for a paper")
+    compare.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples")
     compare.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     trace = _verb(verbs, "trace", "follow a figure or a model back to its pairs, or a pair to its fate", "questions:trace")
     trace.add_argument("target", help="a figure (emoji/retrieval/text_to_image_r1), a model directory, or a pair's key")

@@ -13,9 +13,9 @@ from diptych.core.errors import ConfigError, nearest
 
 
 def compare(options: argparse.Namespace) -> int:
-    """`diptych compare A B`."""
+    """`diptych compare A B …`."""
     from diptych.workflow import compare as comparisons
-    from diptych.workflow import results
+    from diptych.workflow import compare_page, compare_table, results
     from diptych.workflow.project import Project
 
     project = Project.find(Path.cwd())
@@ -23,9 +23,16 @@ def compare(options: argparse.Namespace) -> int:
         for name in results.evaluated(project):
             sys.stdout.write(f"  {name}\n")
         return 0
-    if len(options.runs) != 2:
-        raise ConfigError.at("A comparison needs two runs", "compare", options.runs, "two names, e.g. quickstart quickstart+1a2b3c")
-    sys.stdout.write(comparisons.table(comparisons.compare(project, options.runs[0], options.runs[1], options.seed)) + "\n")
+    found = comparisons.compare(project, *options.runs, seed=options.seed, resamples=options.resamples, common=options.common)
+    sys.stdout.write(compare_table.text(found) + "\n\n")
+    default = project.runs / ".compare" / f"{compare_table.default_name(options.runs)}.html"
+    written = [compare_page.write(found, Path(options.html) if options.html else default)]
+    if options.csv:
+        written.append(compare_table.save(Path(options.csv), compare_table.to_csv(found)))
+    if options.latex:
+        written.append(compare_table.save(Path(options.latex), compare_table.to_latex(found)))
+    for path in written:
+        sys.stdout.write(f"  written: {path}\n")
     return 0
 
 

@@ -27,6 +27,7 @@ TABLE: tuple[Row, ...] = (
     # ingest
     Row("emoji", "ingest", "diptych.pairs.sources.emoji:Config", "Source", "Noto, Fluent, Twemoji, OpenMoji", "the shipped emoji: four makers' drawings of 1,911 things"),
     Row("webdataset", "ingest", "diptych.pairs.sources.webdataset:Config", "Source", "WebDataset", "tar shards, indexed in place"),
+    Row("clip-benchmark", "ingest", "diptych.pairs.sources.clip_benchmark:Config", "Source", "CLIP_benchmark", "evaluation sets in CLIP_benchmark's WebDataset layout, read in place with their class names and templates"),
     Row("parquet", "ingest", "diptych.pairs.sources.parquet:Config", "Source", "Apache Parquet", "Parquet files that hold the image bytes"),
     Row("folder", "ingest", "diptych.pairs.sources.folder:Config", "Source", "", "a folder of images with a CSV, TSV or JSONL table"),
     Row("hf", "ingest", "diptych.pairs.sources.hf:Config", "Source", "🤗 Datasets", "a data set saved to disk by 🤗 Datasets"),

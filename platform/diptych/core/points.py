@@ -49,6 +49,10 @@ class Source(ABC):
     def read(self, part: str) -> Iterator[RawPair]:
         """The pairs of one part; a broken one is yielded with its `fault`, never skipped."""
 
+    def report(self) -> Mapping[str, Any]:
+        """Plain facts about the source as a whole, for the dataset's manifest, e.g. the `card` of an evaluation set. Small."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Verdict:

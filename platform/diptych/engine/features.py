@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from PIL import Image
 
 from diptych.core import digest
 from diptych.core.config import Config
@@ -67,16 +68,40 @@ def _cached(spec: FeatureSpec, frame: pl.DataFrame) -> Path | None:
     return Path(spec.cache) / f"{identity.removeprefix('sha256:')}.npy"
 
 
-def pictures(frame: pl.DataFrame, reader: ShardReader, size: int, batch: int = ENCODE_BATCH) -> Iterator[NDArray[np.uint8]]:
-    """Evaluation pictures `[n, 3, size, size]` uint8 in batches, in the frame's order."""
-    from diptych.pairs.decode import decode_eval
+class View(NamedTuple):
+    """How a picture becomes a square, in open_clip's words; checkpoints of one view see the same pixels."""
 
+    size: int
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+    fill_color: int = 0
+
+    @property
+    def words(self) -> str:
+        """The view without its size, for the settings of rows."""
+        how = {"shortest": "short side, centre crop", "longest": f"long side, padded with {self.fill_color}", "squash": "squashed"}
+        return f"{self.interpolation}, {how[self.resize_mode]}"
+
+    def of(self, data: bytes) -> NDArray[np.uint8]:
+        """The view `[size, size, 3]` of an encoded picture, transparency on white. Raises DataError if it cannot be decoded."""
+        from diptych.models.preprocess import preprocess
+        from diptych.pairs.decode import decode, decode_eval, flatten
+
+        if self[1:3] == ("shortest", "bicubic"):
+            return decode_eval(data, self.size)
+        return preprocess(Image.fromarray(flatten(decode(data))), *self)  # type: ignore[arg-type]
+
+
+def pictures(frame: pl.DataFrame, reader: ShardReader, view: View | int, batch: int = ENCODE_BATCH) -> Iterator[NDArray[np.uint8]]:
+    """Evaluation pictures `[n, 3, size, size]` uint8 in batches, in the frame's order; a size alone means CLIP's own view of it."""
+    if isinstance(view, int):
+        view = View(view)
     for start in range(0, frame.height, batch):
         rows = frame.slice(start, batch)
-        decoded = np.empty((rows.height, 3, size, size), dtype=np.uint8)
+        decoded = np.empty((rows.height, 3, view.size, view.size), dtype=np.uint8)
         for position, (key, image) in enumerate(zip(rows["key"], rows["image"], strict=True)):
             try:
-                picture = decode_eval(reader.read(image["shard"], image["offset"], image["size"]), size)
+                picture = view.of(reader.read(image["shard"], image["offset"], image["size"]))
             except DiptychError as error:
                 raise DataError.at(
                     "A picture cannot be decoded", f"{image['shard']} at {image['offset']}", key, "an image", str(error)

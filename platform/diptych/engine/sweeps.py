@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.core import digest
+from diptych.core.errors import DiptychError
 from diptych.engine.session import Session
 
 FINISHED = "finished"
@@ -25,18 +26,35 @@ Evaluate = Callable[[Setting], Iterator[Mapping[str, float]]]
 """Gives the metrics of a setting: once, or several times as training goes on; the last ones count."""
 
 
+TRIES = 2
+"""Times that a setting is tried before its error is what is reported of it."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """An append-only JSONL table of results: an interrupted sweep continues from it."""
+    """An append-only JSONL table of results, written as they come, by whoever has them: an interrupted sweep continues from it."""
 
     path: Path
 
-    def done(self) -> dict[str, dict[str, Any]]:
-        """The finished rows by the digest of their setting; an errored setting is tried again."""
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The last row of every setting, by the setting's digest."""
         if not self.path.exists():
             return {}
-        rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-        return {row["id"]: row for row in rows if row["status"] in ("done", "stopped")}
+        return {row["id"]: row for row in map(json.loads, filter(_is_whole, self.path.read_text().splitlines()))}
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """The finished rows by the digest of their setting; an errored setting is tried again."""
+        return {key: row for key, row in self.rows().items() if row["status"] in ("done", "stopped")}
+
+    def mend(self) -> None:
+        """Takes out a line torn by a killed writer, and failed settings, so that they are tried again."""
+        rows = self.rows()
+        if kept := [row for row in rows.values() if row["status"] != "error"]:
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
 
     def append(self, setting: Setting, status: str, metrics: Mapping[str, float], error: str = "") -> None:
         """Adds a row in one write."""
@@ -64,8 +82,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """Runs what the table does not have yet and gives all its rows.
 
-    `settings` lists a grid's points; otherwise `space` maps names to a list of choices or `(min, max, log)`.
+    `settings` lists a grid's points; otherwise `space` maps names to a list of choices or `(min, max, log)`. A setting that failed is among
+    the rows, with the status `error` and what went wrong.
     """
+    table.mend()
     known = table.done()
     if settings is not None:
         missing = [setting for setting in settings if digest.of_plain(setting) not in known]
@@ -79,18 +99,31 @@ def run(
             _serial_search(evaluate, space, table, trials - len(known), search, metric, mode, seed)
         else:
             _search(evaluate, space, table, session, scratch, trials - len(known), search, scheduler, metric, mode, seed, max_iterations)
-    return list(table.done().values())
+    return list(table.rows().values())
 
 
 def _evaluate_one(evaluate: Evaluate, setting: Setting, table: Table) -> None:
-    last: Mapping[str, float] = {}
-    try:
-        for metrics in evaluate(setting):
-            last = metrics
-    except Exception as error:
-        table.append(setting, "error", last, repr(error))
-        raise
-    table.append(setting, "done", _measured(last))
+    """Measures a setting and writes its row; a setting that fails is tried again, and then its error is its row."""
+    for attempt in range(1, TRIES + 1):
+        last: Mapping[str, float] = {}
+        try:
+            for metrics in evaluate(setting):
+                last = metrics
+        except Exception as error:
+            if attempt == TRIES:
+                table.append(setting, "error", _measured(last), _in_words(error))
+            continue
+        table.append(setting, "done", _measured(last))
+        return
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line was written to its end."""
+    return line.endswith("}")
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, DiptychError) else f"{type(error).__name__}: {error}"
 
 
 def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -106,20 +139,14 @@ def _grid(evaluate: Evaluate, settings: Sequence[Setting], table: Table, session
 
     def trial(config: Mapping[str, Any]) -> None:
         work, points = ray.get(shared)
-        rows = []
         for setting in points[config["slice"] :: slices]:
-            metrics: Mapping[str, float] = {}
-            for metrics in work(setting):  # noqa: B007 - the last one counts
-                pass
-            rows.append({"setting": setting, "metrics": _measured(metrics)})
-        tune.report({"rows": json.dumps(rows)})
+            if digest.of_plain(setting) not in table.rows():  # a slice whose worker was lost goes on where it stopped
+                _evaluate_one(work, setting, table)
+        tune.report({"finished": 1})
 
-    results = _tuner(trial, {"slice": tune.grid_search(list(range(slices)))}, scratch, tune.TuneConfig()).fit()
-    for result in results:
+    for result in _tuner(trial, {"slice": tune.grid_search(list(range(slices)))}, scratch, tune.TuneConfig()).fit():
         if result.error is not None:
             raise result.error
-        for row in json.loads(result.metrics["rows"]):
-            table.append(row["setting"], "done", row["metrics"])
 
 
 def _search(
@@ -150,7 +177,8 @@ def _search(
     )  # fmt: skip
     for result in _tuner(trial, axes, scratch, config, seed).fit():
         if result.error is not None or "setting" not in (result.metrics or {}):
-            table.append({"trial": str(result.path)}, "error", {}, repr(result.error))
+            tried = {name: (result.config or {}).get(f"axis{i}") for i, name in enumerate(names)}
+            table.append(tried, "error", {}, str(result.error))
             continue
         status = "done" if result.metrics[FINISHED] else "stopped"
         table.append(json.loads(result.metrics["setting"]), status, json.loads(result.metrics["all"]))
@@ -207,7 +235,10 @@ def _serial_search(
     def objective(trial: optuna.Trial) -> float:
         setting = {name: _suggest(trial, name, axis) for name, axis in space.items()}
         _evaluate_one(evaluate, setting, table)
-        return float(table.done()[digest.of_plain(setting)]["metrics"][metric])
+        found = table.rows()[digest.of_plain(setting)]
+        if found["status"] == "error":
+            raise optuna.TrialPruned
+        return float(found["metrics"][metric])
 
     study.optimize(objective, n_trials=trials)
 

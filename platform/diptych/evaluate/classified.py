@@ -17,12 +17,13 @@ from diptych.core.errors import ConfigError
 from diptych.core.points import Encoder
 from diptych.evaluate import zero_shot
 from diptych.evaluate.ranks import chunks
-from diptych.evaluate.templates import TemplateSet, resolve
+from diptych.evaluate.templates import OF_THE_SET, TemplateSet, resolve
 
 
 def _renders(templates: TemplateSet | tuple[str, ...]) -> TemplateSet | tuple[str, ...]:
     try:
-        resolve(templates)
+        if templates != OF_THE_SET:
+            resolve(templates)
     except ConfigError as error:
         raise ValueError(error.problems[0].expected) from None
     return templates
@@ -33,7 +34,7 @@ class Classified(BaseConfig):
 
     split: str = Field("test", min_length=1, description="the split to classify")
     templates: Annotated[TemplateSet | tuple[str, ...], AfterValidator(_renders)] = Field(
-        "plain", description="a set of prompt templates by name, or the templates, each with {}"
+        "plain", description="a set of prompt templates by name (`set`: the evaluation set's own), or the templates, each with {}"
     )
     classnames: str = Field("label_name", description="the column of class names; `label` numbers them")
 

@@ -1,4 +1,7 @@
-"""Prompt templates by name. Every `{}` in a template is replaced by the class name, braces in which mean nothing."""
+"""Prompt templates by name. Every `{}` in a template is replaced by the class name, braces in which mean nothing.
+
+The name `set` stands for the templates that come with an evaluation set; the engine puts them in its place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Literal, cast
 
 from diptych.core.errors import ConfigError
 
-TemplateSet = Literal["plain", "name-only", "photo", "icon"]
+TemplateSet = Literal["plain", "name-only", "photo", "icon", "set"]
+
+OF_THE_SET = "set"
 
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     # Neutral about medium, number and style, so that one set serves photographs, drawings and renderings.
@@ -50,7 +55,13 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
 
 
 def resolve(templates: TemplateSet | Sequence[str], where: str = "templates") -> tuple[str, ...]:
-    """The templates behind a set's name, or the given ones after a check. Raises ConfigError for none, doubles, or one without `{}`."""
+    """The templates behind a name, or the given ones after a check.
+
+    Raises ConfigError for none, doubles, or one without `{}`, and for `set` where nobody has put an evaluation set's own in its place.
+    """
+    if templates == OF_THE_SET:
+        fix = "bring a file of templates with the set, or name others, e.g. templates: plain"
+        raise ConfigError.at("This set brings no prompt templates", where, templates, "an evaluation set with templates", fix)
     if isinstance(templates, str):
         return TEMPLATES[cast("TemplateSet", templates)]
     for index, template in enumerate(templates):

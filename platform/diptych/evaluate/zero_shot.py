@@ -31,6 +31,8 @@ Labels = NDArray[np.int64]
 
 TASK = "zero-shot"
 WORST_CLASS_LEAST = 10
+LEAST_HELD = 20
+"""Held-back rows below which a better order of the classes may be chance."""
 
 
 class Config(BaseConfig):
@@ -39,9 +41,12 @@ class Config(BaseConfig):
     method: Literal["zero-shot"] = "zero-shot"
     split: str = Field("test", min_length=1, description="the split to classify")
     templates: TemplateSet | tuple[str, ...] = Field(
-        "plain", description="a set of prompt templates by name, or the templates, each with {}"
+        "plain", description="a set of prompt templates by name (`set`: the evaluation set's own), or the templates, each with {}"
     )
     classnames: str = Field("label_name", description="the column of class names; `label` numbers them")
+    classes: tuple[str, ...] | None = Field(
+        None, min_length=1, description="all class names, that of label 0 first; null: those that the pairs have, by rising label"
+    )
     ensemble: Literal["embedding", "none"] = Field(
         "embedding", description="`embedding` averages a class's prompts; `none` lets each template classify alone and averages the figures"
     )
@@ -126,12 +131,18 @@ class Classes(NamedTuple):
     label_N: Labels
 
 
-def classes(pairs: pl.DataFrame, split: str, label: str = "label", name: str = "label_name") -> tuple[Classes, pl.DataFrame]:
+def classes(
+    pairs: pl.DataFrame, split: str, label: str = "label", name: str = "label_name", names: Sequence[str] | None = None
+) -> tuple[Classes, pl.DataFrame]:
     """Reads the classes from all of `pairs` and the rows of `split`; labels that skip numbers are closed up in their order.
 
+    With `names`, these are the classes, a label is a place among them, and the column of names is not looked at.
+
     Raises:
-        DataError: a column is missing or holds nulls, the split has no rows, a label is negative or has two names, or two labels share one.
+        DataError: a column is missing or holds nulls, the split has no rows, a label is out of range or has two names, or two share one.
     """
+    if names is not None:
+        return _listed(pairs, split, label, names)
     _require_columns(pairs, label, name)
     rows = of_split(pairs, split)
     table = (
@@ -148,6 +159,17 @@ def classes(pairs: pl.DataFrame, split: str, label: str = "label", name: str = "
     if number[0] < 0:
         raise DataError.at("A label is out of range", label, int(number[0]), "numbers from 0")
     return Classes(table[name].to_list(), np.searchsorted(number, rows[label].to_numpy()).astype(np.int64)), rows
+
+
+def _listed(pairs: pl.DataFrame, split: str, label: str, names: Sequence[str]) -> tuple[Classes, pl.DataFrame]:
+    """The rows of a split whose labels are places in a list of names."""
+    _require_columns(pairs, label)
+    rows = of_split(pairs, split)
+    outside = rows.filter(pl.col(label).is_between(0, len(names) - 1).not_().fill_null(True))
+    if len(outside):
+        fix = "give every class a name in the order of the labels, and every pair a label that counts from 0"
+        raise DataError.at("A label is out of range", label, outside.select("key", label).head(4).rows(), f"0 to {len(names) - 1}", fix)
+    return Classes(list(names), rows[label].to_numpy().astype(np.int64)), rows
 
 
 def _require_columns(pairs: pl.DataFrame, *columns: str) -> None:
@@ -176,10 +198,11 @@ class Order(NamedTuple):
 
 def class_order(predicted_N: Labels, label_N: Labels, keys: Sequence[str]) -> Order:
     """Detects a class list in the wrong order: maps each predicted class to the label it most often meets on one half of the rows (halves
-    by key), and scores the mapping on the other half. A set with one row a class teaches nothing and is never suspect.
+    by key), and scores the mapping on the other half. A set with one row a class, or with few rows at all, teaches nothing and is never
+    suspect.
     """
     held = (key_hashes(keys) & np.uint64(1)).astype(bool)
-    if held.all() or not held.any():
+    if held.sum() < LEAST_HELD or held.all():
         return Order(0.0, 0.0)
     pair, count = np.unique(np.stack([predicted_N[~held], label_N[~held]]), axis=1, return_counts=True)
     meets = np.full(max(predicted_N.max(), label_N.max()) + 1, -1, np.int64)
@@ -216,7 +239,7 @@ class ZeroShot:
         Classes are read from all rows, so a class that the split lacks still competes. Raises DataError (see `classes`).
         """
         config = self.config
-        known, rows = classes(pairs, config.split, name=config.classnames)
+        known, rows = classes(pairs, config.split, name=config.classnames, names=config.classes)
         weight_TDC = self.weights(encoder, known.names)
         image_ND = encoder.images(rows)
         scale = encoder.logit_scale if config.logit_scale is None else config.logit_scale

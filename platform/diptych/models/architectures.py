@@ -1,4 +1,8 @@
-"""The architectures that have a name: ours (`configs/*.json`) and open_clip's, all in open_clip's JSON format."""
+"""The architectures that have a name: ours (`configs/*.json`) and open_clip's, all in open_clip's JSON format.
+
+Ours may have one key more, `init_std`: parameter -> standard deviation of its random weights. It is used up when a model is created and no
+part of what a saved model says about itself, which open_clip could not read otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 from diptych.core.errors import ConfigError, nearest
 
 OURS = Path(__file__).with_name("configs")
+INIT_STD = "init_std"
 
 
 @cache

@@ -131,9 +131,10 @@ def create(name: str, seed: int, overrides: Mapping[str, Any] | None = None) -> 
             )
         return _published(name.removeprefix(HUB)) if name.startswith(HUB) else load(Path(stored))
     config = architectures.find(name, overrides)
+    init_std = config.pop(architectures.INIT_STD, {})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return build(config)
+        return _drawn_anew(build(config), init_std)
 
 
 def build(config: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None) -> DualEncoder:
@@ -204,6 +205,17 @@ def _instantiate(config: Mapping[str, Any]) -> Any:
     if not (own.pop("custom_text", False) or is_hf):
         return CLIP(**own)
     return CoCa(**own) if "multimodal_cfg" in own else CustomTextCLIP(**own)
+
+
+def _drawn_anew(model: DualEncoder, init_std: Mapping[str, float]) -> DualEncoder:
+    """The model with the parameters that are named here drawn from a normal distribution of that standard deviation."""
+    parameters = dict(model.clip.named_parameters())
+    for name, std in init_std.items():
+        if name not in parameters:
+            fix = nearest(name, parameters)
+            raise ConfigError.at("There is no such parameter", architectures.INIT_STD, name, "a parameter of the open_clip model", fix)
+        nn.init.normal_(parameters[name], std=std)
+    return model
 
 
 def _published(name: str) -> DualEncoder:

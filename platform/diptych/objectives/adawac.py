@@ -123,7 +123,8 @@ class AdaWac(nn.Module):
         return self.log_weight_R2.exp()
 
     def forward(self, encoded: Encoded) -> dict[str, Tensor]:
-        """`loss` and its parts before weighting, `supervised` and `consistency`; `weight`, the mean weight of supervision in the batch.
+        """`loss` and its parts before weighting, `supervised` and `consistency`; `weight`, the mean weight of supervision in the batch;
+        `weight_dense` and `weight_sparse`, that of its label-dense and of its label-sparse pairs, where it has any.
 
         The pair's own picture is the first view, `view0_NCHW` the second.
         """
@@ -136,8 +137,9 @@ class AdaWac(nn.Module):
         terms = Terms(supervised[0], supervised[-1], distance_N, self._dense(batch), *(latent_ND.new_zeros(2)))
         loss = self.step(batch["row_N"], terms)
         means = {"supervised": terms.supervised_N.mean(), "consistency": terms.consistency_N.mean()}
-        weight = self.log_weight_R2[batch["row_N"], 0].exp().mean()
-        return {"loss": loss, **{name: value.detach() for name, value in means.items()}, "weight": weight}
+        weight_N = self.log_weight_R2[batch["row_N"], 0].exp()
+        parts = {"weight": weight_N.mean(), **_by_kind(weight_N, terms.dense_N)}
+        return {"loss": loss, **{name: value.detach() for name, value in means.items()}, **parts}
 
     def step(self, row_N: Tensor, terms: Terms) -> Tensor:
         """Moves the weights of the batch's rows, then gives the loss under the moved weights: a scalar, a mean over the pairs of all ranks.
@@ -228,6 +230,14 @@ class AdaWac(nn.Module):
     def extra_repr(self) -> str:
         """The settings: they name a run's checkpoints."""
         return repr(self.config)
+
+
+def _by_kind(weight_N: Tensor, dense_N: Tensor) -> dict[str, Tensor]:
+    """Mean weights of the label-dense and the label-sparse pairs of all ranks. A kind that no rank has is left out, on every rank alike."""
+    kind_2N = torch.stack([dense_N, ~dense_N]).to(weight_N.dtype)
+    sums_22 = gather(torch.stack([kind_2N @ weight_N, kind_2N.sum(dim=1)])[None], with_grad=False).sum(dim=0)
+    names = ("weight_dense", "weight_sparse")
+    return {name: total / count for name, total, count in zip(names, *sums_22, strict=True) if count > 0}
 
 
 class Config(BaseConfig):

@@ -87,6 +87,13 @@ def _loss(logits: Logits) -> Tensor:
 
 
 @torch.no_grad()
+def _draw(logits: Tensor, uniform_n: Tensor) -> Tensor:
+    """For each row of logits a column, int64 `[n]`, drawn from its softmax by a number in [0, 1)."""
+    reached = logits.double().softmax(dim=1).cumsum(dim=1)
+    return torch.searchsorted(reached, (uniform_n * reached[:, -1]).unsqueeze(1), right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
 def clamp_logit_scale(parameter: Tensor, maximum: float = MAX_LOG_SCALE) -> None:
     """Clamps the logarithm of the scale to [0, maximum] in place, after an optimizer step.
 
@@ -117,6 +124,30 @@ class Clip(nn.Module):
         )
         hit = logits.image.detach().argmax(dim=1) == logits.label_n
         return {"loss": _loss(logits), "accuracy": hit.float().mean()}
+
+    def sampled_loss(self, encoded: Encoded, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The loss against partners drawn from the model's own softmaxes, and their number: two a pair of the global batch.
+
+        For the Gauss-Newton-Bartlett estimate (Liu et al., "Sophia", ICLR 2024): with g the gradient of this loss averaged over the
+        ranks, 2N * g * g is an unbiased estimate of the Gauss-Newton diagonal of the loss on the global batch. A query's draw
+        depends on its place in that batch alone, so it does not matter how many ranks share the batch, or which of them score it.
+
+        Args:
+            encoded: as for the loss.
+            generator: in one state on all ranks; takes `2 * N` draws.
+
+        Raises:
+            ConfigError: without `gather_with_grad` on several ranks, where g would be too small, or biased.
+        """
+        if world_size() > 1 and not self.gather_with_grad:
+            fix = "set objective.gather_with_grad, or choose an optimizer that does without"
+            raise ConfigError.at("Sampled labels need gradients from all ranks", "objective.gather_with_grad", False, "True", fix)
+        logits = clip_logits(encoded.image_ND, encoded.text_ND, encoded.logit_scale, local_loss=self.local_loss, gather_with_grad=True)
+        softmaxes = 2 * logits.image.shape[1]
+        uniform_2N = torch.rand((2, softmaxes // 2), generator=generator, dtype=torch.float64, device=generator.device)
+        own_2n = uniform_2N.to(logits.label_n.device)[:, logits.label_n]
+        image_loss, text_loss = (cross_entropy(scores, _draw(scores, own)) for scores, own in zip(logits[:2], own_2n, strict=True))
+        return (image_loss + text_loss) / 2, softmaxes
 
 
 class Config(BaseConfig):

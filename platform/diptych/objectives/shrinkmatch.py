@@ -9,6 +9,7 @@ Shape legend: N pictures, C classes, D feature width, Q batch means in the queue
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -101,7 +102,6 @@ class ShrinkMatch(nn.Module):
     """
 
     encodes = ("image",)
-    columns = ("label",)
     queue_QC: Tensor
     next_row: Tensor
     mean_C: Tensor
@@ -111,6 +111,7 @@ class ShrinkMatch(nn.Module):
         super().__init__()
         self.config = config
         self.views = (config.view,)
+        self.columns = ("label",) if config.truth is None else ("label", config.truth)
         self.prompts: ClassPrompts | None = None
         self.auxiliary: nn.Module | None = None
 
@@ -130,7 +131,8 @@ class ShrinkMatch(nn.Module):
 
     def forward(self, encoded: Encoded) -> dict[str, Tensor]:
         """`loss`; its parts `supervised`, `certain`, `shrink`; `mask`, the share of certain pictures among the unlabelled ones, and
-        `rho`, its running mean; `settled`, the share of this rank's uncertain ones that a smaller class space made certain.
+        `rho`, its running mean; `used`, the share of unlabelled ones that teach anything; `settled`, the share of this rank's uncertain
+        ones that a smaller class space made certain; with `truth`, `spared`, the share of those whose own class was not removed.
 
         `image_NCHW` is the weak view, `view0_NCHW` the strong one, `label_N` the labels (-1: none).
         """
@@ -144,7 +146,22 @@ class ShrinkMatch(nn.Module):
         supervised = cross_entropy(weak_NC, label_N, ignore_index=-1, reduction="sum") / _rows_a_rank(~unlabelled_N)
         raw_NC = weak_NC.detach().softmax(dim=1)
         found = self.unlabelled(self.align(raw_NC, unlabelled_N), raw_NC, strong_NC, auxiliary_NC, unlabelled_N)
-        return self.total(supervised, found)
+        return {**self.total(supervised, found), **self.reach(found, encoded.batch)}
+
+    @torch.no_grad()
+    def reach(self, found: Unlabelled, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How far the unlabelled pictures of all ranks are reached: `used`, and `spared` where there are settled ones to judge it by.
+
+        The truth is looked at here alone, by no loss.
+        """
+        settled_N = found.shrunk.settled_N & (self.rho > 0) & self.config.shrink
+        unlabelled, settled = (_over_ranks(rows_N.sum()) for rows_N in (batch["label_N"] < 0, settled_N))
+        used = {"used": found.mask.nan_to_num() + settled / unlabelled.clamp(min=1)}
+        if self.config.truth is None or self.prompts is None or settled == 0:
+            return used
+        truth_N = self.prompts.classes(batch[f"{self.config.truth}_N"])
+        kept_N = found.shrunk.kept_NC.gather(1, truth_N.clamp(min=0)[:, None])[:, 0] & (truth_N >= 0)
+        return {**used, "spared": _over_ranks((settled_N & kept_N).sum()) / settled}
 
     def unlabelled(self, prob_NC: Tensor, raw_NC: Tensor, strong_NC: Tensor, auxiliary_NC: Tensor, rows_N: Tensor) -> Unlabelled:
         """The losses of the pictures in `rows_N` (bool).
@@ -244,6 +261,9 @@ class Config(BaseConfig):
     average_decay: float = Field(0.999, ge=0, lt=1, description="of the average of batch means")
     search: Literal["aligned", "raw"] = Field("aligned", description="which probabilities the search for a certain class space goes by")
     rho_decay: float = Field(0.999, ge=0, lt=1, description="of the running share of certain pictures, which weighs the shrink loss")
+    truth: str | None = Field(
+        None, description="a column with the true labels of unlabelled pairs, for the figure `spared`; nothing learns from it; null: none"
+    )
     view: Literal["strong", "simclr"] = Field("strong", description="recipe of the second picture")
     templates: Templates = ("an image of a {}.",)
 

@@ -113,7 +113,8 @@ def ingest_all(
         if not writer.kept + writer.left.total():
             raise DataError.at("The source holds no pairs", "data.source", parts[:10], "one pair or more")
         _check_share(writer, config.max_bad_share, 0)
-        writer.phase = record.model_copy(update={"report": {"parts": len(parts), "captions_removed": dict(sorted(removed.items()))}})
+        report = {"parts": len(parts), "captions_removed": dict(sorted(removed.items())), **source.report()}
+        writer.phase = record.model_copy(update={"report": report})
         return writer.finish()
 
 

@@ -43,12 +43,18 @@ class Contrastive:
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and the objective's named parts, scalars of this rank."""
-        self.step = step
-        inputs = {tower: batch[INPUTS[tower]] for tower in self.towers}
-        features = dict(zip(inputs, self._encode_all(inputs), strict=True))
-        image_ND, text_ND = (features.get(tower, torch.empty(0, 0)) for tower in INPUTS)
-        logit_scale: Any = self.model.logit_scale
-        return self.objective(Encoded(image_ND, text_ND, logit_scale.exp(), batch, self.model, step, self))
+        return self.objective(self._encoded(batch, step))
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the objective knows its loss against labels sampled from the model."""
+        return hasattr(self.objective, "sampled_loss")
+
+    def sampled_loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The objective's loss against labels sampled from the model, and the number of softmaxes, over all ranks, that it averages."""
+        objective: Any = self.objective
+        loss, softmaxes = objective.sampled_loss(self._encoded(batch, step), generator)
+        return loss, softmaxes
 
     def encode_image(self, image_NCHW: Tensor, normalize: bool = True) -> Tensor:
         """Features of pictures that the objective brings: in this task's precision and micro-batches."""
@@ -68,6 +74,15 @@ class Contrastive:
         hook = getattr(self.objective, "after_step", None)
         if hook is not None:
             hook(self.step + 1, self.model)
+
+    def _encoded(self, batch: Batch, step: int) -> Encoded:
+        """What the objective sees of a batch."""
+        self.step = step
+        inputs = {tower: batch[INPUTS[tower]] for tower in self.towers}
+        features = dict(zip(inputs, self._encode_all(inputs), strict=True))
+        image_ND, text_ND = (features.get(tower, torch.empty(0, 0)) for tower in INPUTS)
+        logit_scale: Any = self.model.logit_scale
+        return Encoded(image_ND, text_ND, logit_scale.exp(), batch, self.model, step, self)
 
     def _encode_all(self, inputs: Mapping[Tower, Tensor], normalize: bool = True) -> list[Tensor]:
         """The features of each input, in micro-batches."""

@@ -18,15 +18,19 @@ BUCKET_BYTES = 1 << 25
 
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
     """Replaces the gradients by their mean over the ranks. Parameters without a gradient must be the same ones on every rank."""
+    average([parameter.grad for parameter in parameters if parameter.grad is not None], world)
+
+
+def average(tensors: Iterable[Tensor], world: int) -> None:
+    """Replaces each tensor by its mean over the ranks."""
     if world == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat)
         flat /= world
-        for gradient, averaged in zip(bucket, torch.split(flat, [gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(averaged.view_as(gradient))
+        for tensor, averaged in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(averaged.view_as(tensor))
 
 
 def broadcast(tensors: Iterable[Tensor], world: int) -> None:
@@ -55,15 +59,15 @@ def mean(values: Sequence[float], world: int, device: torch.device | str) -> lis
     return averaged
 
 
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of one dtype, at most `BUCKET_BYTES` each unless one alone is larger."""
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype, at most `BUCKET_BYTES` each unless one alone is larger."""
     bucket: list[Tensor] = []
     size_bytes = 0
-    for gradient in gradients:
-        if bucket and (size_bytes + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+    for tensor in tensors:
+        if bucket and (size_bytes + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size_bytes = [], 0
-        bucket.append(gradient)
-        size_bytes += gradient.nbytes
+        bucket.append(tensor)
+        size_bytes += tensor.nbytes
     if bucket:
         yield bucket

@@ -12,6 +12,9 @@ A claim file is a workflow with arms:
 An arm is a mapping of key path -> value over `base`. `@rows:ARM` stands for the number of training pairs that the other arm keeps with the
 same seed, so that arms are compared at equal size; `@model:ARM` for the directory of the other arm's model, to start from or to mix with;
 `@seed` for the seed.
+
+Figures are those of the evaluation, `<set>/<task>/<metric>`, and of training: `train/<name>` as the run's summary has it, of everything in
+the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diptych.core import digest
 from diptych.core.config import Config, headline
-from diptych.core.errors import ConfigError, Problem, nearest
+from diptych.core.errors import ConfigError, DataError, Problem, nearest
 from diptych.engine import sweeps
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
@@ -53,26 +56,38 @@ class Demand(Config):
     """
 
     better: str
-    worse: str
-    metric: str = Field(description="`<set>/<task>/<metric>`")
+    worse: str | None = Field(None, description="the arm compared with; null: the figure itself is judged, as if the other were 0")
+    metric: str = Field(description="`<set>/<task>/<metric>` or `train/<name>`")
     against: str | None = Field(None, description="the worse side's figure, where it is another one: two methods measured in one run")
+    factor: float = Field(1.0, gt=0, description="what the worse side is multiplied with first: 1.3 asks for more than 1.3 times as much")
     least: float = Field(description="least mean difference that counts, in the metric's unit")
+    every_seed: bool = Field(False, description="no seed's own difference may lie below `least` either")
     direction: Literal["higher", "lower"] = "higher"
+
+    @model_validator(mode="after")
+    def _has_another_side(self) -> Demand:
+        if self.worse is None and (self.against is not None or self.factor != 1):
+            raise ValueError("against and factor are of the worse side; name its arm in `worse`")
+        return self
 
     @property
     def text(self) -> str:
         """What is demanded."""
-        return f"at least {self.least:+.3f} and an interval without zero" if self.least > 0 else f"an interval above {self.least:+.3f}"
+        words = f"at least {self.least:+.3f} and an interval without zero" if self.least > 0 else f"an interval above {self.least:+.3f}"
+        return words + (", every seed too" if self.every_seed else "")
 
     @property
     def title(self) -> str:
         """What is compared with what."""
+        times = "" if self.factor == 1 else f"{self.factor:g} x "
+        if self.worse is None:
+            return f"{self.metric} of {self.better}"
         if self.against is None:
-            return f"{self.metric}: {self.better} - {self.worse}"
+            return f"{self.metric}: {self.better} - {times}{self.worse}"
         return (
-            f"{self.metric} of {self.better} - {self.against} of {self.worse}"
+            f"{self.metric} of {self.better} - {times}{self.against} of {self.worse}"
             if self.better != self.worse
-            else f"{self.metric} - {self.against}"
+            else f"{self.metric} - {times}{self.against}"
         )
 
 
@@ -99,8 +114,16 @@ class Finding:
     estimate: intervals.Estimate
 
     @property
+    def differences(self) -> list[float]:
+        """What each seed has on the better side, by the demand's direction."""
+        sign = 1 if self.demand.direction == "higher" else -1
+        return [sign * (self.better[seed] - self.worse[seed]) for seed in sorted(self.better)]
+
+    @property
     def shown(self) -> bool:
         """The mean difference reaches `least` and its interval leaves out zero; or nothing is lost, where only that is asked."""
+        if self.demand.every_seed and min(self.differences) < self.demand.least:
+            return False
         if self.demand.least <= 0:
             return self.estimate.low >= self.demand.least
         return self.estimate.mean >= self.demand.least and self.estimate.low > 0
@@ -136,7 +159,7 @@ def load(path: Path) -> ClaimFile:
             problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
     for position, demand in enumerate(file.demands):
         for role in (demand.better, demand.worse):
-            if role not in file.arms:
+            if role is not None and role not in file.arms:
                 problems.append(Problem(f"demands.{position}", role, f"one of the arms {', '.join(file.arms)}", nearest(role, file.arms)))
     if problems:
         raise ConfigError(headline(len(problems)), problems)
@@ -176,10 +199,11 @@ class ArmTrial:
     def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
         """The arm's figures."""
         arm, seed = str(setting["arm"]), int(setting["seed"])
-        _, figures = trials.run(self._workflow(arm, seed), "evaluate", self._name(arm, seed), Project(self.root))
+        store, figures = trials.run(self._workflow(arm, seed), "evaluate", self._name(arm, seed), Project(self.root))
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
-        yield {**values, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
+        trained = {**of_training(figures["train"]), **of_steps(store.folder("train").parent / ".records" / "steps.jsonl")}
+        yield {**values, **trained, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
     def _name(self, arm: str, seed: int) -> str:
         return f"claims/{self.file.claim}/{arm}-s{seed}"
@@ -198,6 +222,27 @@ class ArmTrial:
         return int(pairs.filter(pl.col("split") == "train").select(pl.len()).collect().item())
 
 
+def of_training(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a training's summary as `train/<name>`."""
+    return {
+        f"train/{name}": float(value) for name, value in figures.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def of_steps(log: Path) -> dict[str, float]:
+    """Means over a step log: `train/mean_<name>` over all its records, `train/end_<name>` over the last tenth, at least one.
+
+    A name that not every record has is averaged over those that do.
+    """
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    spans = {"mean": records, "end": records[-max(1, len(records) // 10) :]}
+    return {
+        f"train/{span}_{name}": sum(record[name] for record in part if name in record) / sum(name in record for record in part)
+        for span, part in spans.items()
+        for name in dict.fromkeys(itertools.chain.from_iterable(part))
+    }
+
+
 def run(path: Path, project: Project, session: Session, progress: Progress) -> ClaimResult:
     """Runs every arm with every seed as one Tune sweep and judges the demands. Finished arms are taken from earlier runs."""
     started = time.monotonic()
@@ -211,13 +256,20 @@ def run(path: Path, project: Project, session: Session, progress: Progress) -> C
         ArmTrial(file, path, project.root), settings, {}, table, session, search="grid", scheduler="none", trials=len(settings),
         metric=file.demands[0].metric, mode="max", seed=0, scratch=scratch / "tune",
     )  # fmt: skip
+    if failed := next((row for row in rows if row["status"] == "error"), None):
+        raise DataError.at(
+            "An arm failed", f"arms.{failed['setting']['arm']}", failed["setting"], "a training that can be measured", failed["error"]
+        )
     progress.done(f"{file.claim}: {len(rows)} arms measured")
     return ClaimResult(file, tuple(_judge(demand, rows) for demand in file.demands), _table(rows), time.monotonic() - started)
 
 
 def _judge(demand: Demand, rows: Sequence[Mapping[str, Any]]) -> Finding:
     better = _by_seed(rows, demand.better, demand.metric)
-    worse = _by_seed(rows, demand.worse, demand.against or demand.metric)
+    worse = dict.fromkeys(better, 0.0)
+    if demand.worse is not None:
+        found = _by_seed(rows, demand.worse, demand.against or demand.metric)
+        worse = {seed: demand.factor * value for seed, value in found.items()}
     low, high = (worse, better) if demand.direction == "higher" else (better, worse)
     return Finding(demand, better, worse, intervals.difference(low, high))
 
@@ -244,11 +296,15 @@ def text(result: ClaimResult) -> str:
         word = "shown" if finding.shown else "NOT shown"
         lines += [
             f"  {d.title} = {e.mean:+.3f}, 95 % interval {e.low:+.3f} to {e.high:+.3f} over {len(finding.better)} seeds",
-            f"    {d.better}: {_values(finding.better)}    {d.worse}: {_values(finding.worse)}",
+            f"    {d.better}: {_values(finding.better)}" + ("" if d.worse is None else f"    {_other(d)}: {_values(finding.worse)}"),
             f"    demanded: {d.text}: {word}",
         ]
     lines += ["", f"  the effect {'showed' if result.shown else 'did NOT show'} ({result.wall_s:.0f} s)"]
     return "\n".join(lines)
+
+
+def _other(demand: Demand) -> str:
+    return f"{demand.worse}" if demand.factor == 1 else f"{demand.factor:g} x {demand.worse}"
 
 
 def _values(by_seed: Mapping[int, float]) -> str:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import polars as pl
 from diptych import __version__
 from diptych.core import digest
 from diptych.core.config import Config
+from diptych.core.points import Metric
 from diptych.engine import evaluation, passes, training
 from diptych.engine.features import FeatureSpec
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 from diptych.pairs import files
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import identity
+from diptych.workflow import identity, sets
 from diptych.workflow.spec import PAIR_PHASES, Workflow
 
 Figures = dict[str, Any]
@@ -258,19 +259,47 @@ def _evaluate(bench: Bench) -> Figures:
     workflow, out = bench.workflow, bench.folder("evaluate")
     encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest", verify=True), bench.cache / "encoded")
     name = str(workflow.source.plain()["method"])
-    metrics = evaluation.measure(encoder, workflow.benchmarks, name, workflow.seed)
-    provenance = {
-        "model": digest.short(encoder.identity),
-        "dataset": digest.short(encoder.dataset.digest),
-        "code": digest.short(identity.code("evaluate")),
-    }
+    measured = [measured_on(encoder, name, workflow.benchmarks, workflow.seed)]
+    for one in workflow.sets:
+        registered = sets.register(one, bench.cache, encoder.dataset)
+        other = replace(encoder, dataset=registered.dataset, shared=encoder.checkpoint)
+        measured.append(measured_on(other, one.name, one.benchmarks, workflow.seed, registered.flags))
+    for set_name, flag in ((found.set, flag) for found in measured for flag in found.notes):
+        bench.progress.note(f"{set_name}: {flag}")
+    metrics = [metric for found in measured for metric in found.metrics]
     with files.replacing(out) as partial:
-        evaluation.long_form(metrics, provenance).write_parquet(partial / "rows.parquet")
+        pl.concat([found.rows for found in measured]).write_parquet(partial / "rows.parquet")
         evaluation.per_example(metrics).write_parquet(partial / "examples.parquet")
         if any(config.plain()["method"] == "retrieval" for config in workflow.benchmarks):
             _retrieval_examples(workflow, encoder).write_parquet(partial / "retrieved.parquet")
         sweep = _sweep(bench, partial)
-    return {"metrics": evaluation.figures(metrics), "sweep": sweep}
+    notes = {found.set: found.notes for found in measured if found.notes}
+    return {"metrics": evaluation.figures(metrics), "sweep": sweep, **({"notes": notes} if notes else {})}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint on one set: its metrics, the same as rows with where they come from, and what to know of the set."""
+
+    set: str
+    metrics: list[Metric]
+    rows: pl.DataFrame
+    notes: list[str]
+
+
+def measured_on(
+    encoder: evaluation.StoredEncoder, name: str, benchmarks: Sequence[Config], seed: int, flags: Sequence[str] = ()
+) -> Measured:
+    """Measures a checkpoint on the set called `name`; `flags` were raised when the set was registered. Rows carry all notes as JSON."""
+    metrics, said = evaluation.measure_noting(encoder, benchmarks, name, seed)
+    notes = [*flags, *said]
+    provenance = {
+        "model": digest.short(encoder.identity),
+        "dataset": digest.short(encoder.dataset.digest),
+        "code": digest.short(identity.code("evaluate")),
+        "notes": json.dumps(notes),
+    }
+    return Measured(name, metrics, evaluation.long_form(metrics, provenance), notes)
 
 
 def _retrieval_examples(workflow: Workflow, encoder: evaluation.StoredEncoder) -> pl.DataFrame:

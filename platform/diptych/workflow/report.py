@@ -15,7 +15,7 @@ from diptych.core import digest
 from diptych.core.errors import DiptychError
 from diptych.engine.progress import duration
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import charts
+from diptych.workflow import charts, sweep_charts
 from diptych.workflow.spec import PAIR_PHASES, PHASES
 from diptych.workflow.store import Store
 
@@ -198,15 +198,20 @@ def _sweep(store: Store, outcome: Outcome) -> str:
     path = store.folder("evaluate") / "sweep.parquet"
     if not sweep or not path.exists():
         return ""
-    frame = pl.read_parquet(path).filter(pl.col("metric") == sweep["metric"]).sort("value", descending=True)
-    axes = [name for name in frame.columns if name not in ("id", "status", "metric", "value")]
-    rows = [[f"{row['value']:.4f}", *(str(row[axis])[:80] for axis in axes)] for row in frame.head(20).iter_rows(named=True)]
-    text = f"{sweep['tried']} settings, chosen on {sweep['chosen_on']}, by {sweep['metric']}."
+    found = sweep_charts.Sweep.read(path, sweep)
+    rows = [[f"{value:.4f}", *(str(row[axis])[:80] for axis in found.axes)] for value, row in found.best(20)]
+    text = f"{sweep['tried']} settings, chosen on {sweep['chosen_on']}, by {sweep['metric']}, {sweep['mode']}imal."
     final = [[key, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}"] for key, m in sweep["winner_metrics"].items()]
+    failed = [[str(entry["setting"])[:120], entry["error"]] for entry in sweep.get("failed", [])]
     return section(
         "Sweep",
         text,
-        table([sweep["metric"], *axes], rows) + "<h3>The winner as reported</h3>" + table(["figure", "value", "interval"], final),
+        found.chart()
+        + found.pareto_chart()
+        + table([sweep["metric"], *found.axes], rows)
+        + "<h3>The winner as reported</h3>"
+        + table(["figure", "value", "interval"], final)
+        + ("<h3>Settings that failed twice</h3>" + table(["setting", "error"], failed) if failed else ""),
     )
 
 

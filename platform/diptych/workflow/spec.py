@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from diptych.core import catalogue, digest
+from diptych.core import digest
 from diptych.core.config import Config, headline
 from diptych.core.errors import ConfigError, Problem, nearest, shorten
 from diptych.pairs.ingest import IngestConfig
-from diptych.pairs.sources.paths import local_files
 from diptych.train.config import TrainConfig
-from diptych.workflow import yaml
-
-T = TypeVar("T")
+from diptych.workflow import methods, yaml
+from diptych.workflow import sets as evaluation_sets
+from diptych.workflow.methods import Checks
+from diptych.workflow.sets import EvaluationSet
 
 PHASES = ("ingest", "curate", "prune", "caption", "train", "compress", "evaluate")
 PAIR_PHASES = ("curate", "prune", "caption")
@@ -77,6 +76,10 @@ class SweepConfig(Config):
     scheduler: Literal["none", "asha"] = Field(default="none", description="early stopping; needs training axes")
     trials: int | None = Field(default=None, ge=1, le=100_000, description="settings tried; a grid tries all")
     choose_on: Literal["train", "val", "test"] = Field(default="val", description="the split that the winner is chosen on")
+    pareto: dict[str, Literal["max", "min"]] | None = Field(
+        default=None,
+        description="two figures or axes (of numbers) and their better sides: the settings that no other beats in both are marked",
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> SweepConfig:
@@ -85,6 +88,8 @@ class SweepConfig(Config):
             raise ValueError(f"a grid needs lists of choices, but {', '.join(ranges)} is a range; use search: random or optuna")
         if self.search != "grid" and self.trials is None:
             raise ValueError(f"search: {self.search} needs trials")
+        if self.pareto is not None and len(self.pareto) != 2:
+            raise ValueError("pareto needs exactly two figures or axes")
         if self.scheduler == "asha" and not any(key.startswith("train.") for key in self.space):
             raise ValueError("scheduler: asha stops trainings early, but no axis begins with train.")
         return self
@@ -94,6 +99,7 @@ class EvaluateSection(Config):
     """The `evaluate` key."""
 
     benchmarks: tuple[dict[str, Any], ...] = Field(default=(), description="benchmarks with their parameters")
+    sets: dict[str, Any] | None = Field(default=None, description="further sets by name: {data: …, benchmarks: …}")
     sweep: SweepConfig | None = None
 
 
@@ -131,6 +137,7 @@ class Workflow:
     optimizer: Config
     compress: tuple[Config, ...]
     benchmarks: tuple[Config, ...]
+    sets: tuple[EvaluationSet, ...]
     sweep: SweepConfig | None
 
     def methods(self, phase: str) -> tuple[Config, ...]:
@@ -142,11 +149,12 @@ class Workflow:
         """The resolved parameters of one phase, defaults filled in: what its identity rests on."""
         match phase:
             case "ingest":
-                values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain(), "files": source_files(self.source)}
+                values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain(), "files": methods.source_files(self.source)}
             case "train":
                 values = {**self.train.plain(), "objective": self.objective.plain(), "optimizer": self.optimizer.plain()}
             case "evaluate":
                 values = {"benchmarks": [c.plain() for c in self.benchmarks], "sweep": self.sweep.plain() if self.sweep else None}
+                values |= {"sets": {one.name: one.plain() for one in self.sets}} if self.sets else {}
             case _:
                 values = [config.plain() for config in self.methods(phase)]
         models = self.models(phase)
@@ -160,7 +168,8 @@ class Workflow:
             case "compress":
                 named = [path for config in self.compress for path in named_directories(config)]
             case "evaluate":
-                named = [path for config in self.benchmarks for path in named_directories(config)]
+                every = [*self.benchmarks, *(config for one in self.sets for config in one.benchmarks)]
+                named = [path for config in every for path in named_directories(config)]
             case _:
                 named = []
         folders = {name: Path(name.removeprefix("local-dir:")) for name in named if "/" in name or name == "."}
@@ -178,21 +187,6 @@ def named_directories(config: Config) -> list[str]:
     return [path for value in values for path in ((value,) if isinstance(value, str) else value or ())]
 
 
-def source_files(source: Config) -> str:
-    """A digest of the local files that a source names (names, sizes, times of change); empty for a source that names none.
-
-    DVC cannot know these files, so a changed one is found here.
-    """
-    found = []
-    for name in ("path", "table"):
-        value = getattr(source, name, None)
-        for entry in (value,) if isinstance(value, str) else value or ():
-            for path in local_files(str(entry)):
-                status = path.stat()
-                found.append([str(path), status.st_size, status.st_mtime_ns])
-    return digest.of_plain(found) if found else ""
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> Workflow:
     """Reads and checks a workflow file with `key.path=value` overrides. Raises ConfigError with every problem at once."""
     raw = yaml.read(path)
@@ -202,35 +196,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Workflow:
 
 def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -> Workflow:
     """Checks workflow data: shapes, then every method's parameters, then what must hold between them."""
-    found: list[Problem] = []
-
-    def attempt(build: Callable[[], T]) -> T | None:
-        try:
-            return build()
-        except ConfigError as error:
-            found.extend(error.problems or [Problem("(workflow)", error.headline, "a valid workflow")])
-            return None
-
+    checks = Checks()
+    attempt = checks.attempt
     skeleton = attempt(lambda: _Skeleton.parse(dict(raw)))
     data = dict(raw.get("data") or {}) if isinstance(raw.get("data"), Mapping) else {}
-    source = attempt(lambda: _source(data)) if data else None
-    ingest = attempt(lambda: IngestConfig.parse({key: data[key] for key in data if key in IngestConfig.model_fields}, "data"))
-
-    def methods(values: Any, phase: str, where: str) -> tuple[Config, ...]:
-        if not isinstance(values, list | tuple):
-            return ()
-        built = [attempt(partial(_method, value, phase, f"{where}.{i}")) for i, value in enumerate(values)]
-        return tuple(config for config in built if config is not None)
-
-    lists = {phase: methods(raw.get(phase), phase, phase) for phase in (*PAIR_PHASES, "compress")}
+    source = attempt(lambda: methods.source(data, "data")) if data else None
+    ingest = attempt(lambda: methods.ingest(data, "data"))
+    lists = {phase: checks.methods(raw.get(phase), phase, phase) for phase in (*PAIR_PHASES, "compress")}
     evaluate, train = raw.get("evaluate"), raw.get("train")
-    benchmarks = methods(evaluate.get("benchmarks"), "evaluate", "evaluate.benchmarks") if isinstance(evaluate, Mapping) else ()
+    evaluate = evaluate if isinstance(evaluate, Mapping) else {}
+    benchmarks = checks.methods(evaluate.get("benchmarks"), "evaluate", "evaluate.benchmarks")
+    sets = evaluation_sets.check(evaluate.get("sets"), benchmarks, "evaluate.sets", checks)
     train = train if isinstance(train, Mapping) else {}
-    objective = attempt(lambda: _method(train.get("objective", {"method": "clip"}), "objective", "train.objective"))
-    optimizer = attempt(lambda: _method(train.get("optimizer", {"method": "adamw"}), "optimizer", "train.optimizer"))
-    attempt(lambda: _check_model(train.get("model")))
-    if found:
-        raise ConfigError(headline(len(found)), _distinct(found))
+    objective = attempt(lambda: methods.method(train.get("objective", {"method": "clip"}), "objective", "train.objective"))
+    optimizer = attempt(lambda: methods.method(train.get("optimizer", {"method": "adamw"}), "optimizer", "train.optimizer"))
+    attempt(lambda: check_model(train.get("model"), "train.model"))
+    checks.refuse()
     assert skeleton is not None
     assert source is not None
     assert ingest is not None
@@ -239,36 +220,20 @@ def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -
     workflow = Workflow(
         name=skeleton.name, path=path, seed=skeleton.seed, raw=raw, overrides=overrides, source=source, ingest=ingest,
         curate=lists["curate"], prune=lists["prune"], caption=lists["caption"], train=skeleton.train, objective=objective,
-        optimizer=optimizer, compress=lists["compress"], benchmarks=benchmarks, sweep=skeleton.evaluate.sweep,
+        optimizer=optimizer, compress=lists["compress"], benchmarks=benchmarks, sets=sets, sweep=skeleton.evaluate.sweep,
     )  # fmt: skip
     _check_sweep(workflow)
     return workflow
 
 
-def _source(data: dict[str, Any]) -> Config:
-    if "source" not in data:
-        raise ConfigError(headline(1), [Problem("data.source", "nothing", "the name of a source", "see `diptych methods --phase ingest`")])
-    parameters = {key: value for key, value in data.items() if key not in IngestConfig.model_fields and key != "source"}
-    return _method({"method": data["source"], **parameters}, "ingest", "data", name_key="source")
-
-
-def _method(value: Any, phase: str, where: str, name_key: str = "method") -> Config:
-    if not isinstance(value, Mapping):
-        raise ConfigError(headline(1), [Problem(where, shorten(value), "a mapping with the key `method`", "{method: NAME, …}")])
-    name = value.get("method")
-    if not isinstance(name, str):
-        raise ConfigError(headline(1), [Problem(f"{where}.{name_key}", shorten(name), "the name of a method", "see `diptych methods`")])
-    row = catalogue.find(name, phase, f"{where}.{name_key}")
-    return catalogue.config_class(row).parse(dict(value), where)
-
-
-def _check_model(name: Any) -> None:
+def check_model(name: Any, where: str) -> None:
+    """Refuses a model name that is neither an architecture, nor one of open_clip's list, nor a directory. Raises ConfigError."""
     from diptych.models import clip
 
     if name is None or not isinstance(name, str) or name.startswith(("local-dir:", "open_clip:")) or "/" in name:
         return
     if name not in clip.names():
-        raise ConfigError(headline(1), [Problem("train.model", shorten(name), "an architecture of ours or of open_clip, or a directory",
+        raise ConfigError(headline(1), [Problem(where, shorten(name), "an architecture of ours or of open_clip, or a directory",
                                                 nearest(name, clip.names()))])  # fmt: skip
 
 
@@ -287,10 +252,6 @@ def _check_sweep(workflow: Workflow) -> None:
             problems += [Problem(f"evaluate.sweep.space.{key}", p.got, p.expected, p.fix) for p in error.problems]
     if problems:
         raise ConfigError(headline(len(problems)), problems)
-
-
-def _distinct(problems: Sequence[Problem]) -> list[Problem]:
-    return list(dict.fromkeys(problems))
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

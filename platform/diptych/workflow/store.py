@@ -139,8 +139,11 @@ class LockedStore(PlainStore):
         then, now = json.loads(record.read_text())["params"], self.workflow.params(phase)
         if then.get("models") != now.get("models"):
             return "a model that its parameters name changed"
-        files = phase == "ingest" and then["ingest"].get("files", "") != now["ingest"]["files"]
-        return "the source's files changed" if files else ""
+        if phase == "ingest" and then["ingest"].get("files", "") != now["ingest"]["files"]:
+            return "the source's files changed"
+        if phase == "evaluate" and then["evaluate"].get("sets") != json.loads(json.dumps(now["evaluate"].get("sets"))):
+            return "an evaluation set's files changed"
+        return ""
 
     def save(self, phase: str, figures: Mapping[str, Any]) -> None:
         """Writes our record, then DVC's cache and lock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from diptych.core import digest
-from diptych.core.errors import ConfigError, nearest
+from diptych.core.errors import ConfigError, DataError, nearest
 from diptych.engine import evaluation, sweeps
 from diptych.engine.session import Session
 from diptych.pairs.dataset import PairDataset
@@ -88,13 +89,18 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
         search=config.search, scheduler=config.scheduler, trials=config.trials or 1, metric=config.metric, mode=config.mode,
         seed=workflow.seed, scratch=scratch / "tune", max_iterations=trial.rungs,
     )  # fmt: skip
-    _check_metric(config.metric, rows)
+    failed = [row for row in rows if row["status"] == "error"]
+    if len(failed) == len(rows):
+        raise DataError.at("Every setting of the sweep failed", "evaluate.sweep", rows[0]["setting"], "a setting that can be measured",
+                           rows[0]["error"])  # fmt: skip
+    _check_metric(config.metric, [row for row in rows if row["status"] != "error"])
     rows.sort(key=lambda row: row["id"])
-    finished = [row for row in rows if row["status"] == "done"] or rows
+    finished = [row for row in rows if row["status"] == "done"] or [row for row in rows if row["status"] != "error"]
     best = (max if config.mode == "max" else min)(finished, key=lambda row: row["metrics"][config.metric])
     table(rows).write_parquet(out / "sweep.parquet")
     return {
-        "metric": config.metric, "chosen_on": config.choose_on, "tried": len(rows), "winner": best["setting"],
+        "metric": config.metric, "mode": config.mode, "chosen_on": config.choose_on, "tried": len(rows), "pareto": config.pareto,
+        "failed": [{"setting": row["setting"], "error": row["error"]} for row in failed], "winner": best["setting"],
         "winner_value": best["metrics"][config.metric], "winner_metrics": trial.final(best["setting"]),
     }  # fmt: skip
 
@@ -133,7 +139,7 @@ def values(metrics: Any) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """The sweep in long form: a row a setting and metric."""
+    """The sweep in long form: a row a setting and metric; the axes' values as JSON."""
     return pl.DataFrame(
         [
             {
@@ -141,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
                 "status": row["status"],
                 "metric": name,
                 "value": value,
-                **{key: str(v) for key, v in row["setting"].items()},
+                **{key: json.dumps(v, ensure_ascii=False) for key, v in row["setting"].items()},
             }
             for row in rows
             for name, value in sorted(row["metrics"].items())

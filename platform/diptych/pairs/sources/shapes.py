@@ -3,7 +3,8 @@
 A picture shows one shape: `a small red circle on a black background`. Every split has a look of its own (which shapes, colours,
 backgrounds and sizes, how much noise), so that one data set can hold a training domain and a shifted target (CapS-Adapter), words to
 replace (CLIP4DM), edits (AugCLIP), shapes never seen, noise, and pictures whose texture speaks for another class than their silhouette
-(holistic robustness). With `look-alike` classes it holds groups that differ by a neighbouring hue and size alone (ShrinkMatch).
+(holistic robustness). With `look-alike` classes it holds groups that differ by a neighbouring hue and size alone (ShrinkMatch); with
+`scene` classes all that a text tells is the class, so that `train.avoid: label` keeps equal texts out of a batch.
 
     data:
       source: shapes
@@ -13,7 +14,7 @@ replace (CLIP4DM), edits (AugCLIP), shapes never seen, noise, and pictures whose
         test: {backgrounds: [brown, gray], sizes: [small]}
 
 Within a split the classes are dealt like cards, so that their counts differ by one at most, and within a class its looks are. A
-picture's place, angle, noise and foil depend on `(seed, key)` alone.
+picture's place, angle, noise and foil depend on `(seed, key)` alone. An edited picture has the place, angle and noise of its original.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +45,11 @@ from diptych.pairs.sources.shapes_draw import (
     render,
     silhouette,
 )
+from diptych.pairs.sources.shapes_words import EDITS, PATTERNED, WORDINGS, Edit, Seen, caption, replaced
 
-__all__ = ["Config", "Look", "Shapes", "caption", "render", "silhouette"]
+__all__ = ["Config", "Look", "Seen", "Shapes", "caption", "render", "silhouette"]
 
-Classes = Literal["shape", "colour", "colour-shape", "size-colour-shape", "look-alike"]
+Classes = Literal["shape", "colour", "colour-shape", "size-colour-shape", "scene", "look-alike"]
 Shape = Literal["circle", "square", "triangle", "diamond", "cross", "star", "ring", "crescent", "arrow"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange", "crimson", "teal"]
 Background = Literal["black", "white", "brown", "gray"]
@@ -56,8 +58,9 @@ SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 SPLITS = ("train", "pool", "val", "test")
 PART_ROWS = 2000
+ORIGINALS, EDITED = "originals", "edits"
 BARE_TEXT = "a picture"
-PATTERNED = "patterned"
+SEPARATOR = ";"
 
 ALIKE_RADIUS = {"small": 0.29, "large": 0.35}
 """Neighbouring sizes of look-alike classes."""
@@ -106,7 +109,7 @@ class Config(BaseConfig):
     size_px: int = Field(16, ge=8, le=256, description="side of the picture in pixels")
     classes: Classes = Field(
         "colour-shape",
-        description="what `label` tells; `look-alike`: groups of one shape each, whose classes differ by neighbouring hues and sizes",
+        description="what `label` tells; `scene`: all that the text does; `look-alike`: groups of one shape each, of neighbouring hues and sizes",
     )
     train: int = Field(2000, ge=0, le=1_000_000, description="pictures of the split `train`")
     pool: int = Field(500, ge=0, le=1_000_000, description="pictures of the split `pool`: few shots, or unlabelled examples")
@@ -114,6 +117,10 @@ class Config(BaseConfig):
     test: int = Field(600, ge=0, le=1_000_000, description="pictures of the split `test`")
     more: dict[SplitName, Annotated[int, Field(ge=1, le=1_000_000)]] = Field({}, description="pictures of further splits by name")
     looks: dict[SplitName, Look] = Field({}, description="looks of splits by name; a split without one has the default look")
+    edits: int = Field(
+        0, ge=0, le=300_000, description="pictures of the split `originals`; `edits` holds an ideal edit, an over-edit and no edit of each"
+    )
+    wordings: int = Field(1, ge=1, le=len(WORDINGS), description="captions a picture has, all of which tell the same")
     labels_per_class: int | None = Field(
         None,
         ge=1,
@@ -128,10 +135,12 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _splits_fit(self) -> Self:
-        if taken := sorted(set(self.more) & set(SPLITS)):
+        if taken := sorted(set(self.more) & {*SPLITS, ORIGINALS, EDITED}):
             raise ValueError(f"more: {', '.join(taken)} has a key of its own")
         if unknown := sorted(set(self.looks) - set(self.counts)):
             raise ValueError(f"looks: there is no split {', '.join(unknown)}; there are {', '.join(self.counts)}")
+        if EDITED in self.looks:
+            raise ValueError(f"looks: {EDITED} have the look of {ORIGINALS}")
         if not any(self.counts.values()):
             raise ValueError("no split has a picture")
         return self
@@ -152,6 +161,8 @@ class Config(BaseConfig):
             raise ValueError(f"labels_per_class: {classes} classes need {self.labels_per_class * classes} pictures in train")
         if self.foils and self.classes == "look-alike":
             raise ValueError("foils: texts of look-alike classes have no words to replace")
+        if self.edits and (self.classes == "look-alike" or min(map(len, _words(self.look(ORIGINALS)).values())) < 2):
+            raise ValueError(f"edits: whatever is told of {ORIGINALS} must have two words or more")
         unpaired = [split for split in self.counts if self.foils and not self._replaceable(split)]
         if unpaired:
             raise ValueError(f"foils: train knows no other word for anything in the texts of {', '.join(unpaired)}")
@@ -160,11 +171,12 @@ class Config(BaseConfig):
     @property
     def counts(self) -> dict[str, int]:
         """Pictures a split."""
-        return {**{split: getattr(self, split) for split in SPLITS}, **self.more}
+        edits = {ORIGINALS: self.edits, EDITED: len(EDITS) * self.edits} if self.edits else {}
+        return {**{split: getattr(self, split) for split in SPLITS}, **self.more, **edits}
 
     def look(self, split: str) -> Look:
         """The look of a split."""
-        return self.looks.get(split, Look())
+        return self.looks.get(ORIGINALS if split == EDITED else split, Look())
 
     def _replaceable(self, split: str) -> set[str]:
         """The attributes that texts of a split name and for which `train` has two words or more."""
@@ -176,26 +188,12 @@ class Config(BaseConfig):
         return Shapes(self)
 
 
-class Seen(NamedTuple):
-    """What a picture shows, in words."""
-
-    shape: str
-    colour: str
-    background: str
-    size: str
-
-
-def caption(seen: Seen) -> str:
-    """The text of a picture: `a small red circle on a black background`; one that is patterned has no colour."""
-    colour = "" if seen.colour == PATTERNED else f"{seen.colour} "
-    return f"a {seen.size} {colour}{seen.shape} on a {seen.background} background"
-
-
 class Shapes(Source):
     """Pairs with the extra columns `label`, `label_name`, `meta.shape`, `meta.colour`, `meta.background`, `meta.size`, `meta.turn_deg`.
 
     Labels number the classes of `train`'s look from 0, then those that only other splits have. Where there are textures, `meta.texture`
-    names the shape that the picture's texture belongs to; with `labels_per_class`, `meta.class` holds the label that may be hidden.
+    names the shape that the picture's texture belongs to; with `labels_per_class`, `meta.class` holds the label that may be hidden. Edits
+    have the columns of `shapes_words.Edit`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -220,36 +218,46 @@ class Shapes(Source):
         return {name: label for label, name in enumerate(dict.fromkeys(names))}
 
     def _pair(self, split: str, row: int) -> RawPair:
-        key, look = f"shapes-{split}-{row:06d}", self.config.look(split)
-        name, seen = self._dealt(split, row)
-        image, drawn = self._drawn(key, look, seen)
-        text, label = caption(seen), self.labels[name]
+        key, look = _key(split, row), self.config.look(split)
+        seen, drawn_as, edit = self._edited(row) if split == EDITED else (self._dealt(split, row), key, {})
+        image, drawn = self._drawn(drawn_as, look, seen)
+        name = _class_name(self.config.classes, seen)
+        texts, label = [caption(seen, wording) for wording in range(self.config.wordings)], self.labels[name]
         extra: dict[str, Any] = {
             "label": label,
             "label_name": name,
             **{f"meta.{word}": value for word, value in seen._asdict().items()},
             **drawn,
+            **edit,
         }
         if self.config.foils:
             extra |= self._foil(key, seen)
         if (kept := self.config.labels_per_class) is not None:
             extra["meta.class"] = label
             if split == "train" and row >= kept * len(self._classes[split]):
-                text, extra = BARE_TEXT, {**extra, "label": None, "label_name": None}
-        return RawPair(key, image, [(text, "alt")], extra, split)
+                texts, extra = [BARE_TEXT], {**extra, "label": None, "label_name": None}
+        return RawPair(key, image, [(text, "alt") for text in texts], extra, split)
 
     @cached_property
     def _classes(self) -> Mapping[str, Mapping[str, Sequence[Seen]]]:
         return {split: _classes(self.config, self.config.look(split)) for split in self.config.counts}
 
-    def _dealt(self, split: str, row: int) -> tuple[str, Seen]:
-        """The class of a row and what it shows. A hand holds one picture a class; a class shows all it can before it repeats itself."""
+    def _edited(self, row: int) -> tuple[Seen, str, dict[str, Any]]:
+        """What a row of the edits shows, the key of the original that it is drawn as, and the columns that describe the edit."""
+        original, kind = divmod(row, len(EDITS))
+        key = _key(ORIGINALS, original)
+        draw = chance.generator(self.config.seed, "shapes edit", key)
+        edit = Edit.drawn(self._dealt(ORIGINALS, original), _words(self.config.look(ORIGINALS)), draw)
+        return edit.shown(EDITS[kind]), key, edit.columns(key, EDITS[kind], SEPARATOR)
+
+    def _dealt(self, split: str, row: int) -> Seen:
+        """What a row shows. A hand holds one picture a class; a class shows all it can before it repeats itself."""
         classes = self._classes[split]
         hand, place = divmod(row, len(classes))
         name = list(classes)[chance.generator(self.config.seed, "shapes hand", split, hand).permutation(len(classes))[place]]
         round, turn = divmod(hand, len(classes[name]))
         order = chance.generator(self.config.seed, "shapes looks", split, name, round).permutation(len(classes[name]))
-        return name, classes[name][order[turn]]
+        return classes[name][order[turn]]
 
     def _drawn(self, key: str, look: Look, seen: Seen) -> tuple[bytes, dict[str, Any]]:
         """The picture, and the columns that say how it was drawn. Noise is drawn last, so that it changes nothing else."""
@@ -273,12 +281,12 @@ class Shapes(Source):
     def _foil(self, key: str, seen: Seen) -> dict[str, str]:
         """The text with one word replaced by another that `train` has in its place; each replaceable word is as likely."""
         draw = chance.generator(self.config.seed, "shapes foil", key)
-        known = _words(self.config.look("train")).items()
-        others = [(field, [word for word in words if word != getattr(seen, field)]) for field, words in known]
-        possible = [(field, words) for field, words in others if words and getattr(seen, field) != PATTERNED]
-        field, words = possible[int(draw.integers(len(possible)))]
-        word = words[int(draw.integers(len(words)))]
-        return {"meta.foil": caption(seen._replace(**{field: word})), "meta.foil_word": word}
+        name, word = replaced(seen, _words(self.config.look("train")), draw)
+        return {"meta.foil": caption(seen._replace(**{name: word})), "meta.foil_word": word}
+
+
+def _key(split: str, row: int) -> str:
+    return f"shapes-{split}-{row:06d}"
 
 
 def _words(look: Look) -> dict[str, Sequence[str]]:
@@ -322,6 +330,8 @@ def _class_name(classes: Classes, seen: Seen) -> str:
             return f"{seen.colour} {seen.shape}"
         case "size-colour-shape":
             return f"{seen.size} {seen.colour} {seen.shape}"
+        case "scene":
+            return caption(seen).removeprefix("a ")
         case "look-alike":
             return f"{seen.size} {seen.shape} of {seen.colour}"
 
