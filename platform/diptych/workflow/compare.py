@@ -185,10 +185,12 @@ def _notes(runs: Sequence[Result], behind: Sequence[Mapping[str, makers.Record]]
         notes.append("The runs were evaluated by different versions of the code.")
     if len({each.get("model") for each in known}) < len(known):
         notes.append("Some of the runs evaluated one and the same model.")
+    if finished := [run.name for run in runs if not (run.home / ".records").exists()]:
+        notes.append(f"Measured as finished checkpoints, so that parameters are not compared: {', '.join(finished)}.")
     notes += [
         f"Of {run.name} the parameters of {', '.join(gone)} are not known: the run that made them is gone."
         for run, records in zip(runs, behind, strict=True)
-        if (gone := [phase for phase in PHASES if phase not in records])
+        if run.name not in finished and (gone := [phase for phase in PHASES if phase not in records])
     ]
     return notes
 
