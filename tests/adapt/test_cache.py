@@ -95,7 +95,7 @@ def good(**changes: object) -> Examples:
         (lambda: None, "nothing to learn from"),
         (lambda: good(feature_ND=np.zeros((0, 8), np.float32), label_N=np.zeros(0, np.int64)), "nothing to learn from"),
         (lambda: good(feature_ND=unit(noise(4, 7))), "do not match"),
-        (lambda: good(feature_ND=np.full((4, 8), np.nan, np.float32)), "not a number"),
+        (lambda: good(feature_ND=np.full((4, 8), np.nan, np.float32)), "not numbers"),
         (lambda: good(label_N=None), "do not match"),
         (lambda: good(label_N=np.array([0, 1, 2])), "do not match"),
         (lambda: good(label_N=np.array([0, 1, 3, 1])), "no class"),

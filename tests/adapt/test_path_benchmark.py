@@ -88,6 +88,18 @@ def test_every_layer_has_its_rows_and_every_row_an_interval(origin: str, pairs: 
     assert (by_name["acc_alpha_0"].n, by_name["sharpness_alpha_0"].n) == (12, 8)
 
 
+def test_two_radii_on_one_set_have_a_task_each_and_the_wider_one_finds_no_less(origin: str, pairs: pl.DataFrame) -> None:
+    near = config(origin, layers="none")
+    wide = near.model_copy(update={"rho": 0.05, "task": "wide"})
+    found = {}
+    for each in (near, wide):
+        metrics = each.build().run(encoder_of(clip.create("digits-16", 1)), pairs, "digits", 0)
+        assert {metric.task for metric in metrics} == {each.task}
+        found[each.task] = {metric.metric: metric.value for metric in metrics}
+    assert found["wide"]["acc_alpha_0.4"] == found["straggler-sharpness"]["acc_alpha_0.4"]
+    assert found["wide"]["sharpness_alpha_1"] > found["straggler-sharpness"]["sharpness_alpha_1"] > 0
+
+
 def test_the_same_seed_gives_the_same_rows_whatever_the_order_of_the_pairs(origin: str, pairs: pl.DataFrame) -> None:
     model, build = clip.create("digits-16", 1), config(origin, layers="none", pictures=7).build()
     first, again = (build.run(encoder_of(model), frame, "digits", 5) for frame in (pairs, pairs.reverse()))

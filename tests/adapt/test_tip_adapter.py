@@ -140,6 +140,6 @@ def test_what_is_missing_is_said(support: Support) -> None:
     fitted = Config().build().fit(support)
     with pytest.raises(DataError, match="do not match"):
         fitted.predict(Examples(np.ones((3, WIDTH + 1), np.float32)))
-    with pytest.raises(DataError, match="not a number"):
+    with pytest.raises(DataError, match="not numbers"):
         fitted.predict(Examples(np.full((3, WIDTH), np.inf, np.float32)))
     assert fitted.predict(Examples(np.ones((0, WIDTH), np.float32))).shape == (0, len(support.text_CD))

@@ -161,10 +161,13 @@ def test_captions_supervise_both_views_and_features_are_compared_at_their_length
 def test_labels_supervise_those_that_have_one_and_the_others_turn_to_consistency() -> None:
     made, model = started(supervised="label", eta_w=2.0)
     for _ in range(5):
-        made(encoded(model, batch()))["loss"].backward()
+        parts = made(encoded(model, batch()))
+        parts["loss"].backward()
     labelled_N, row_N = batch()["label_N"] >= 0, batch()["row_N"]
     weight_N = made.weight_R2[row_N, 0]
     assert weight_N[labelled_N].min() > 0.5 > weight_N[~labelled_N].max()
+    torch.testing.assert_close(parts["weight_dense"], weight_N[labelled_N].mean())
+    torch.testing.assert_close(parts["weight_sparse"], weight_N[~labelled_N].mean())
     assert made.columns == ("label",)
     assert made.encodes == ()
 
@@ -186,6 +189,13 @@ def test_every_mode_trains_both_towers(mode: Mode) -> None:
     assert sorted(torch.nonzero(moved).flatten().tolist()) == (
         sorted(given["row_N"].tolist()) if mode in ("adawac", "reweight_only", "pm_dro") else []
     )
+
+
+def test_a_kind_of_pairs_that_a_batch_has_none_of_has_no_weight() -> None:
+    made, model = started(supervised="label")
+    parts = made(encoded(model, {**batch(), "label_N": torch.zeros(8, dtype=torch.int64)}))
+    assert "weight_sparse" not in parts
+    torch.testing.assert_close(parts["weight_dense"], parts["weight"])
 
 
 def test_density_says_which_pairs_are_trimmed() -> None:
@@ -215,7 +225,8 @@ def on_a_rank(rank: int, world: int) -> dict[str, dict[str, object]]:
             parts = made(encoded(model, own))
             parts["loss"].backward()
         grads = [model.image.grad, model.words.grad]
-        results[mode] = {"loss": float(parts["loss"].detach()), "grads": grads, "table": made.log_weight_R2}
+        kinds = [float(parts[f"weight_{kind}"]) for kind in ("dense", "sparse")]
+        results[mode] = {"loss": float(parts["loss"].detach()), "grads": grads, "table": made.log_weight_R2, "kinds": kinds}
     return results
 
 
@@ -233,6 +244,7 @@ def test_two_ranks_learn_what_one_does_and_hold_one_table(ranks: list[dict[str, 
         torch.testing.assert_close(sum(result["grads"][index] for result in ours) / 2, single["grads"][index])
     assert torch.equal(ours[0]["table"], ours[1]["table"])
     torch.testing.assert_close(ours[0]["table"], single["table"])
+    assert ours[0]["kinds"] == ours[1]["kinds"] == pytest.approx(single["kinds"])
 
 
 def test_impossible_settings_are_refused() -> None:

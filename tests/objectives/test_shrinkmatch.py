@@ -216,6 +216,35 @@ def test_the_shrink_loss_teaches_the_tower_through_its_own_head() -> None:
     assert made.auxiliary[0].in_features == FEATURES
 
 
+def test_how_many_unlabelled_pictures_teach_and_whether_their_class_was_spared() -> None:
+    tensors = batch()
+    unlabelled_N = tensors["label_N"] < 0
+    settled: list[float] = []
+    for truth in range(5):
+        made, model = started(threshold=0.9, truth="true")
+        assert made.columns == ("label", "true")
+        parts = made(seen(model, {**tensors, "true_N": torch.full((24,), truth)}))
+        searched = round((1 - float(parts["mask"])) * int(unlabelled_N.sum()))
+        count = round(float(parts["settled"]) * searched)
+        assert float(parts["used"]) == pytest.approx(float(parts["mask"]) + count / int(unlabelled_N.sum()))
+        settled.append(float(parts["spared"]) * count)
+    # Summed over all five classes, each settled picture counts once for every class that its search kept.
+    assert sum(settled) == pytest.approx(round(sum(settled)))
+    assert count <= sum(settled) <= 4 * count
+    plain, model = started(threshold=0.9, shrink=False, truth="true")
+    parts = plain(seen(model, {**tensors, "true_N": torch.zeros(24, dtype=torch.int64)}))
+    assert float(parts["used"]) == float(parts["mask"])
+    assert "spared" not in parts
+
+
+def test_the_truth_teaches_nothing() -> None:
+    losses = []
+    for truth in (None, "true"):
+        made, model = started(threshold=0.9, truth=truth)
+        losses.append(float(made(seen(model, {**batch(), "true_N": torch.arange(24) % 5}))["loss"].detach()))
+    assert losses[0] == losses[1]
+
+
 def test_state_goes_through_a_state_dict() -> None:
     made, model = started()
     for seed in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_a_claim_runs_its_arms_at_equal_size_and_from_each_others_models(project
     assert by_arm["pruned"]["rows"].to_list() == by_arm["random"]["rows"].to_list()
     lineage = yaml.read(project / "runs/claims/small/tuned-s1/train/lineage.json")
     assert lineage["init"] == str((project / "runs/claims/small/pruned-s1/compress").resolve())
+    assert {"train/loss", "train/mean_loss", "train/end_loss"} <= set(result.table.columns)
     assert not result.shown
     assert "NOT shown" in claim.text(result)
 
@@ -120,3 +122,38 @@ def test_a_figure_against_another_of_the_same_arm() -> None:
     assert demand.title == "s/gda/acc1 - s/zero-shot/acc1"
     with pytest.raises(ConfigError, match="not measured"):
         claim._judge(demand.model_copy(update={"against": "s/zeroshot/acc1"}), rows)
+
+
+def test_a_figure_judged_by_itself_a_multiple_and_every_seed() -> None:
+    rows = [
+        {"setting": {"arm": arm, "seed": seed}, "metrics": {"train/used": value + seed / 100}}
+        for arm, value in (("a", 0.60), ("b", 0.40))
+        for seed in range(3)
+    ]
+
+    def shown(**demand: Any) -> bool:
+        return claim._judge(claim.Demand.parse({"better": "a", "metric": "train/used", **demand}), rows).shown
+
+    assert shown(least=0.60)
+    assert not shown(least=0.62)
+    assert shown(least=0.01, worse="b", factor=1.4)
+    assert not shown(least=0.01, worse="b", factor=1.5)
+    assert shown(least=0.605)
+    assert not shown(least=0.605, every_seed=True)
+    assert shown(least=-0.65, direction="lower", every_seed=True)
+    with pytest.raises(ConfigError, match="name its arm"):
+        claim.Demand.parse({"better": "a", "metric": "train/used", "factor": 2.0, "least": 0.0})
+
+
+def test_the_words_of_a_demand() -> None:
+    demand = claim.Demand.parse({"better": "a", "worse": "b", "metric": "train/used", "factor": 1.3, "least": 0.0, "every_seed": True})
+    assert demand.title == "train/used: a - 1.3 x b"
+    assert demand.text == "an interval above +0.000, every seed too"
+    assert claim.Demand.parse({"better": "a", "metric": "train/used", "least": 0.5}).title == "train/used of a"
+
+
+def test_figures_of_training(tmp_path: Path) -> None:
+    assert claim.of_training({"loss": 0.5, "steps": 3, "finished": True, "advice": "none"}) == {"train/loss": 0.5, "train/steps": 3.0}
+    log = tmp_path / "steps.jsonl"
+    log.write_text("".join(json.dumps({"loss": float(step), **({"rare": 1.0} if step == 3 else {})}) + "\n" for step in range(20)))
+    assert claim.of_steps(log) == {"train/mean_loss": 9.5, "train/mean_rare": 1.0, "train/end_loss": 18.5}

@@ -34,7 +34,6 @@ from diptych.models.clip import DualEncoder
 if TYPE_CHECKING:
     from diptych.adapt.straggler_sharpness import Config, Floats, PathReport
 
-TASK = "straggler-sharpness"
 READ = 64
 TEXT_BATCH = 256
 RESAMPLES, CHUNK, LEVEL = 2000, 64, 0.95
@@ -123,7 +122,7 @@ class PathBenchmark:
         theta1_model = _model_of(encoder)
         held_out, attacked, names = self._pictures(encoder, pairs)
         report = self._measure(theta1_model, held_out, attacked, names)
-        rows = _Rows(report, name, held_out.keys, len(attacked.keys), seed, self._settings(encoder, names))
+        rows = _Rows(report, name, self.config.task, held_out.keys, len(attacked.keys), seed, self._settings(encoder, names))
         return list(rows)
 
     def _pictures(self, encoder: Encoder, pairs: pl.DataFrame) -> tuple[_Pictures, _Pictures, list[str]]:
@@ -172,7 +171,7 @@ class PathBenchmark:
     def _settings(self, encoder: Encoder, names: Sequence[str]) -> dict[str, Any]:
         config = self.config
         return {
-            **{key: value for key, value in config.plain().items() if key not in ("method", "origin", "templates", "classnames")},
+            **{key: value for key, value in config.plain().items() if key not in ("method", "task", "origin", "templates", "classnames")},
             "templates": digest.of_plain(list(config.templates)),
             "classnames": digest.of_plain(list(names)),
             "preprocessing": dict(getattr(encoder, "settings", {})),
@@ -223,6 +222,7 @@ class _Rows:
 
     report: PathReport
     set: str
+    task: str
     keys: Sequence[str]
     attacked: int
     seed: int
@@ -249,7 +249,7 @@ class _Rows:
     def _mean(self, metric: str, value_N: Floats) -> Metric:
         interval = _interval(bootstrap(value_N[:, None], self.seed)[:, 0])
         per_example = value_N.astype(np.float32)
-        return Metric(self.set, TASK, metric, float(value_N.mean()), len(value_N), *interval, self.settings, self.keys, per_example)
+        return Metric(self.set, self.task, metric, float(value_N.mean()), len(value_N), *interval, self.settings, self.keys, per_example)
 
     def _of_path(self, metric: str, value_AN: Floats, statistic: Statistic, more: Mapping[str, Any] | None = None) -> Metric:
         replicates_AR = bootstrap(value_AN.T, self.seed).T
@@ -261,7 +261,7 @@ class _Rows:
         return self._row(metric, found.loss, self.attacked, _interval(bootstrap(rise_B[:, None], self.seed)[:, 0]))
 
     def _row(self, metric: str, value: float, n: int, interval: tuple[float, float], more: Mapping[str, Any] | None = None) -> Metric:
-        return Metric(self.set, TASK, metric, value, n, *interval, {**self.settings, **(more or {})})
+        return Metric(self.set, self.task, metric, value, n, *interval, {**self.settings, **(more or {})})
 
 
 def bootstrap(value_NK: Floats, seed: int, resamples: int = RESAMPLES) -> Floats:

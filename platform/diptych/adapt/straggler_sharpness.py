@@ -36,6 +36,7 @@ Floats = NDArray[np.float64]
 Layers = Mapping[str, Sequence[str]]
 Refresh = Callable[[State], State]
 
+TASK = "straggler-sharpness"
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 WHOLE = "whole"
 LEAST_POINTS = 4
@@ -63,6 +64,9 @@ class Config(BaseConfig):
     pictures: int = Field(2048, ge=1, description="pictures of the split at most, the first by key hash; they are held in memory")
     layers: Literal["none", "instability", "sharpness"] = Field(
         "instability", description="what is measured layer by layer; `sharpness` also attacks every layer at every point"
+    )
+    task: str = Field(
+        TASK, pattern=r"^[a-z0-9][a-z0-9-]*$", description="the figures' name between set and metric, where one set is measured twice"
     )
 
     @field_validator("alphas")

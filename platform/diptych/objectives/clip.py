@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from diptych.core.config import Config as BaseConfig
+from diptych.core.errors import ConfigError
 from diptych.core.points import Encoded
 from diptych.objectives.gather import gather, rank, world_size
 

@@ -54,6 +54,7 @@ Shape = Literal["circle", "square", "triangle", "diamond", "cross", "star", "rin
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange", "crimson", "teal"]
 Background = Literal["black", "white", "brown", "gray"]
 Size = Literal["small", "large"]
+Noise = Annotated[float, Field(ge=0, le=10)]
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 SPLITS = ("train", "pool", "val", "test")
@@ -83,16 +84,16 @@ class Look(BaseConfig):
         0.08, ge=0, le=0.5, description="how far the centre may lie from the picture's, sideways and up or down, share of the side"
     )
     turn_deg: float = Field(0.0, ge=0, le=180, description="by how much a shape may be turned, either way, degrees")
-    noise: float = Field(
-        0.04, ge=0, le=10, description="standard deviation of the pixels' noise, black to white is 1; with 10 nothing is left"
+    noise: Noise | Annotated[tuple[Noise, ...], Field(min_length=1)] = Field(
+        0.04, description="standard deviation of the pixels' noise, black to white is 1, with 10 nothing is left; or levels to draw it from"
     )
 
-    @field_validator("shapes", "colours", "backgrounds", "sizes")
+    @field_validator("shapes", "colours", "backgrounds", "sizes", "noise")
     @classmethod
-    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) < len(names):
+    def _distinct(cls, values: Any) -> Any:
+        if isinstance(values, tuple) and len(set(values)) < len(values):
             raise ValueError("each at most once")
-        return names
+        return values
 
     @model_validator(mode="after")
     def _another_texture(self) -> Self:
@@ -192,7 +193,7 @@ class Shapes(Source):
     """Pairs with the extra columns `label`, `label_name`, `meta.shape`, `meta.colour`, `meta.background`, `meta.size`, `meta.turn_deg`.
 
     Labels number the classes of `train`'s look from 0, then those that only other splits have. Where there are textures, `meta.texture`
-    names the shape that the picture's texture belongs to; with `labels_per_class`, `meta.class` holds the label that may be hidden. Edits
+    names the shape that the picture's texture belongs to, and where a split has several levels of noise, `meta.noise` tells the picture's; with `labels_per_class`, `meta.class` holds the label that may be hidden. Edits
     have the columns of `shapes_words.Edit`.
     """
 
@@ -276,7 +277,10 @@ class Shapes(Source):
             size = ALIKE_RADIUS[seen.size] + radius * ALIKE_SPREAD
         jitter = (across * look.jitter, down * look.jitter)
         picture = render(seen.shape, paint, seen.background, size, jitter, self.config.size_px, columns["meta.turn_deg"])
-        return _png(picture + 255 * look.noise * draw.normal(0.0, 1.0, picture.shape)), columns
+        noise = look.noise
+        if isinstance(noise, tuple):
+            noise = columns["meta.noise"] = noise[int(draw.integers(len(noise)))]
+        return _png(picture + 255 * noise * draw.normal(0.0, 1.0, picture.shape)), columns
 
     def _foil(self, key: str, seen: Seen) -> dict[str, str]:
         """The text with one word replaced by another that `train` has in its place; each replaceable word is as likely."""
