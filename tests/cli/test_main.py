@@ -18,7 +18,22 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["run", "plan", "evaluate", "claim", "compare", "trace", "methods", "data", "submit", "ui", "doctor", "completion", "data ingest", "data diff"],
+    [
+        "run",
+        "plan",
+        "evaluate",
+        "claim",
+        "compare",
+        "trace",
+        "methods",
+        "data",
+        "submit",
+        "ui",
+        "doctor",
+        "completion",
+        "data ingest",
+        "data diff",
+    ],
 )
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

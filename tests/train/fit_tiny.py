@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,14 +33,19 @@ SETTINGS = {
 STEPS = 12
 
 
-def start(scratch: Path, **settings: object) -> tuple[Run, TrainState]:
+def start(
+    scratch: Path,
+    build_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    build_objective: Callable[[], torch.nn.Module] = TinyLoss,
+    **settings: object,
+) -> tuple[Run, TrainState]:
     """A run over 40 drawings (three batches an epoch), continued from the newest checkpoint."""
     torch.set_num_threads(1)
     config = TrainConfig.parse({**SETTINGS, **settings})
     frame, reader = drawings(40)
-    model, objective = TinyEncoder(), TinyLoss()
+    model, objective = TinyEncoder(), build_objective()
     groups = parameter_groups([*model.named_parameters(), *((f"objective.{name}", value) for name, value in objective.named_parameters())])
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    optimizer = build_optimizer(groups, lr=0.01)
     for group in optimizer.param_groups:
         group["lr_scale"] = 1.0
     state = TrainState(model, objective, optimizer, Ema(model, config.ema) if config.ema else None)

@@ -129,7 +129,9 @@ def _run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _question_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     compare = _verb(verbs, "compare", "test whether one run is better than another, on the same examples", "questions:compare")
-    compare.add_argument("runs", nargs="*", metavar="RUN", help="the baseline, then one or more other runs; without any all runs are listed")
+    compare.add_argument(
+        "runs", nargs="*", metavar="RUN", help="the baseline, then one or more other runs; without any all runs are listed"
+    )
     compare.add_argument("--common", action="store_true", help="where some figures cannot be compared, compare the rest and list them")
     compare.add_argument("--html", metavar="FILE", help="the page; default: runs/.compare/A--B.html")
     compare.add_argument("--csv", metavar="FILE", help="also write the table, in full precision")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0
     samples_seen: int = 0
+    growth: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": state.step,
             "samples_seen": state.samples_seen,
+            "growth": state.growth,
             "identity": self.identity,
             "size_bytes": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
         }
@@ -101,6 +103,7 @@ class Checkpoints:
         state.objective.load_state_dict(torch.load(path / "objective.pt", map_location=device, weights_only=True))
         state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
         state.step, state.samples_seen = record["step"], record["samples_seen"]
+        state.growth = record.get("growth", {})
 
     def _all(self) -> list[Path]:
         """Newest first."""

@@ -1,7 +1,8 @@
 """The training loop: plain torch, top to bottom.
 
-One step: take the batch, encode and compare, backward, average the gradients over the ranks, clip, update. The state is a
-step number and the tensors; what a step draws depends on `(seed, step, rank)`, so a run can stop and go on anywhere.
+One step: take the batch, encode and compare, backward, average the gradients over the ranks, clip, update. An optimizer that asks
+for curvature gets it on the way (`curvature.py`). The state is a step number and the tensors; what a step draws depends on
+`(seed, step, rank)`, so a run can stop and go on anywhere.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from torch import Tensor
 from diptych.core import chance
 from diptych.core.errors import DataError
 from diptych.core.points import TrainingTask
-from diptych.train import sync
+from diptych.train import curvature, sync
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import Clock
 from diptych.train.config import TrainConfig
-from diptych.train.loader import PairLoader
+from diptych.train.loader import Batch, PairLoader
 from diptych.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diptych.train.growth import Growth
 
 Record = dict[str, Any]
 
@@ -44,6 +48,7 @@ class Run:
         log: the file of step records, written by rank 0.
         checkpoints: written by rank 0.
         rank, world, device: this process's place.
+        growth: if set, an update takes several of the loader's batches, and ever more; a step is one of them.
         on_log, should_stop: called on rank 0 with each record; asked on every rank after each step.
     """
 
@@ -61,6 +66,7 @@ class Run:
     on_log: Callable[[Record], None] | None = None
     should_stop: Callable[[], bool] | None = None
     clock: Clock = field(default_factory=Clock)
+    growth: Growth | None = None
 
 
 def fit(run: Run, state: TrainState) -> Record:
@@ -70,45 +76,53 @@ def fit(run: Run, state: TrainState) -> Record:
     """
     config, clock, optimizer = run.config, run.clock, state.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    backward = curvature.backward(optimizer, run.task, run.seed)
     batches = run.loader.batches(state.step, run.total_steps)
     saved_at, logged_step, stop = time.monotonic(), state.step, False
     record = truncate_log(run, state.step)
 
     while state.step < run.total_steps and not stop:
-        with clock("data_wait"):
-            batch = next(batches)
-            tensors = {name: tensor.to(run.device) for name, tensor in batch.tensors.items()}
-        clock.add("read", batch.read_s)
-        clock.add("decode", batch.decode_s)
+        tensors, taken = next_tensors(run, batches), 1
 
         with clock("step"):
             torch.manual_seed(int(chance.mix(run.seed, state.step, run.rank)) >> 1)
             lr = run.schedule(state.step)
+            if run.growth is not None:
+                lr *= run.growth.lr_factor(state)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             optimizer.zero_grad(set_to_none=True)
-            losses = run.task.losses(tensors, state.step)
-            torch.autograd.backward(losses["loss"])
+            losses = backward(tensors, state.step)
 
         with clock("sync"):
             sync.average_gradients(parameters, run.world)
+            sync.average(backward.to_average, run.world)
+        if run.growth is not None:
+            taken, losses = run.growth.complete(run, state, batches, parameters, losses)
 
         with clock("step"):
             grad_norm = clip_gradients(parameters, config.clip_grad_norm)
             refuse_non_finite(grad_norm, losses, state.step)
+            backward.supply_curvature(state.step)
             optimizer.step()
             run.task.after_step()
             if state.ema is not None:
                 state.ema.update(state.model)
 
-        state.step += 1
-        state.samples_seen += config.batch_size
+        state.step += taken
+        state.samples_seen += taken * config.batch_size
         done = state.step == run.total_steps
-        due = done or is_checkpoint_due(config, state.step, time.monotonic() - saved_at)
+        due = done or is_checkpoint_due(config, state.step, time.monotonic() - saved_at, taken)
         with clock("sync"):
             stop, due = sync.agree([run.should_stop is not None and run.should_stop(), due], run.world, run.device)
-        if state.step % config.log_every == 0 or done or stop:
-            record = log_step(run, state, state.step - logged_step, losses, {"lr": lr, "grad_norm": grad_norm})
+        if passes(state.step, taken, config.log_every) or done or stop:
+            extra = {
+                "lr": lr,
+                "grad_norm": grad_norm,
+                **backward.figures(),
+                **({} if run.growth is None else {"batch_size": taken * config.batch_size}),
+            }
+            record = log_step(run, state, state.step - logged_step, losses, extra)
             logged_step = state.step
         if due or stop:
             with clock("checkpoint"):
@@ -141,9 +155,24 @@ def refuse_non_finite(grad_norm: float, losses: Mapping[str, Tensor], step: int)
         )
 
 
-def is_checkpoint_due(config: TrainConfig, step: int, since_s: float) -> bool:
+def next_tensors(run: Run, batches: Iterator[Batch]) -> dict[str, Tensor]:
+    """The tensors of the next batch, on the run's device."""
+    with run.clock("data_wait"):
+        batch = next(batches)
+        tensors = {name: tensor.to(run.device) for name, tensor in batch.tensors.items()}
+    run.clock.add("read", batch.read_s)
+    run.clock.add("decode", batch.decode_s)
+    return tensors
+
+
+def passes(step: int, taken: int, every: int) -> bool:
+    """Whether one of the `taken` steps up to `step` was a multiple of `every`."""
+    return step // every > (step - taken) // every
+
+
+def is_checkpoint_due(config: TrainConfig, step: int, since_s: float, taken: int = 1) -> bool:
     """Whether enough steps or seconds have passed since the last checkpoint."""
-    by_steps = config.checkpoint_every_steps is not None and step % config.checkpoint_every_steps == 0
+    by_steps = config.checkpoint_every_steps is not None and passes(step, taken, config.checkpoint_every_steps)
     return by_steps or since_s >= config.checkpoint_every_s
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError
-from diptych.core.points import TrainContext, Wants
+from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
 from diptych.train import sync
 from diptych.train.checkpoint import Checkpoints, TrainState
@@ -21,6 +21,7 @@ from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
 from diptych.train.contrastive import Contrastive
 from diptych.train.ema import Ema
+from diptych.train.growth import Growth
 from diptych.train.loader import PairLoader
 from diptych.train.loop import Record, Run, fit
 
@@ -70,6 +71,7 @@ def train(
     seed: int,
     *,
     init: str = "random",
+    build_batch_size: Callable[[], BatchSize] | None = None,
     rank: int = 0,
     world: int = 1,
     device: str = "cpu",
@@ -92,6 +94,7 @@ def train(
         scratch: `checkpoints/` and `steps.jsonl` lie here; shared by all ranks.
         seed: names the initial weights and every draw.
         init: `"random"`, or a model directory to start from.
+        build_batch_size: gives what lets the batch grow (`growth.py`); `config.batch_size` is then that of a micro-batch.
         rank, world, device: this process's place.
         on_log: called on rank 0 with each record of `steps.jsonl`.
         should_stop: asked after each step; if true on any rank, all stop after a checkpoint, and no model is written.
@@ -114,10 +117,11 @@ def train(
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
         _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
-        state = _first_state(model, objective.to(device), build_optimizer, config, world)
+        state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
-        identity = made_of | _recipe(config, state)
+        growth = None if build_batch_size is None else Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
+        identity = made_of | _recipe(config, state) | ({} if growth is None else {"batch_size": repr(growth.batch_size)})
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
@@ -127,11 +131,8 @@ def train(
             loader=loader,
             schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
             config=config,
-            total_steps=total_steps,
-            seed=seed,
-            log=scratch / "steps.jsonl",
-            checkpoints=checkpoints,
-            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop,
+            total_steps=total_steps, seed=seed, log=scratch / "steps.jsonl", checkpoints=checkpoints,
+            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, growth=growth,
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
@@ -142,11 +143,13 @@ def train(
 def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay as it says, and gains, biases and temperatures, which do not.
 
-    The rule of `models.decay`; names that hold one of `no_decay` do not decay either.
+    The rule of `models.decay`; names that hold one of `no_decay` do not decay either. Names stand under torch's key `param_names`.
     """
-    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [], "param_names": []}, {"params": [], "param_names": [], "weight_decay": 0.0}]
     for name, parameter in named_parameters:
-        groups[0 if decays(name, parameter, no_decay) else 1]["params"].append(parameter)
+        group = groups[0 if decays(name, parameter, no_decay) else 1]
+        group["params"].append(parameter)
+        group["param_names"].append(name)
     return groups
 
 
@@ -192,6 +195,7 @@ def _first_state(
     build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
     config: TrainConfig,
     world: int,
+    total_steps: int,
 ) -> TrainState:
     """The state of step 0, equal on all ranks."""
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
@@ -200,7 +204,15 @@ def _first_state(
     optimizer = build_optimizer(parameter_groups(trained, config.no_decay))
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
+    _plan(optimizer, total_steps)
     return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))
+
+
+def _plan(optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+    """Tells an optimizer how many updates it will make, if it wants to know: one that lays a budget over the run has `plan`."""
+    plan = getattr(optimizer, "plan", None)
+    if plan is not None:
+        plan(total_steps)
 
 
 def _check_division(config: TrainConfig, world: int) -> None:

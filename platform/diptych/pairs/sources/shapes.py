@@ -253,12 +253,13 @@ class Shapes(Source):
 
     def _dealt(self, split: str, row: int) -> Seen:
         """What a row shows. A hand holds one picture a class; a class shows all it can before it repeats itself."""
-        classes = self._classes[split]
+        classes: Any = self._classes[split]
         hand, place = divmod(row, len(classes))
         name = list(classes)[chance.generator(self.config.seed, "shapes hand", split, hand).permutation(len(classes))[place]]
         round, turn = divmod(hand, len(classes[name]))
         order = chance.generator(self.config.seed, "shapes looks", split, name, round).permutation(len(classes[name]))
-        return classes[name][order[turn]]
+        dealt: Seen = classes[name][order[turn]]
+        return dealt
 
     def _drawn(self, key: str, look: Look, seen: Seen) -> tuple[bytes, dict[str, Any]]:
         """The picture, and the columns that say how it was drawn. Noise is drawn last, so that it changes nothing else."""

@@ -10,12 +10,13 @@ import numpy as np
 PATTERNED = "patterned"
 """What a picture with a texture has in place of a colour."""
 
-WORDINGS = (
+PLAIN = (
     "a {size} {colour} {shape} on a {background} background",
     "a {colour} {shape} that is {size} on a {background} background",
     "a {background} background behind a {size} {colour} {shape}",
 )
-"""Captions that say the same in other words."""
+WORDINGS = (*PLAIN, *(f"A photo depicts {words}" for words in PLAIN))
+"""Captions that say the same in other words; the later ones as prompts put it (CLIPScore, CLIP4DM)."""
 
 PARTS: Mapping[str, str] = {"shape": "a {}", "colour": "{}", "background": "a {} background", "size": "{}"}
 """Texts that tell one attribute alone, in words that captions have."""
@@ -80,7 +81,7 @@ class Edit(NamedTuple):
             "meta.edit": kind,
             **{f"meta.{side}_text": PARTS[self.attribute].format(getattr(seen, self.attribute)) for side, seen in texts.items()},
             **{
-                f"meta.{side}_attributes": separator.join(caption(seen, wording) for wording in range(len(WORDINGS)))
+                f"meta.{side}_attributes": separator.join(caption(seen, wording) for wording in range(len(PLAIN)))
                 for side, seen in texts.items()
             },
         }
