@@ -45,7 +45,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["run", "quickstrat"], 2, ["quickstart.yaml"]),
+        (["run", "quickstrat"], 2, ["did you mean 'quickstart.yaml'?"]),
         (["run", "tiny", "train.optimizer.lrr=1"], 2, ["train.optimizer.lrr", "did you mean 'lr'?"]),
         (["run", "tiny", "--until", "trian"], 2, ["did you mean 'train'?"]),
         (["run", "tiny", "train.workers=999", "train.batch_size=999"], 4, ["More workers than cores"]),
@@ -73,6 +73,17 @@ def test_outside_a_project_it_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart"]) == 2
     assert "This is not a Diptych project" in capsys.readouterr().err
+
+
+def test_a_project_without_runs_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+    for verb in (["data", "ls"], ["compare"]):
+        assert main(verb) == 0
+        assert "diptych run" in capsys.readouterr().out
 
 
 def test_methods_show_parameters_defaults_and_paper(capsys: pytest.CaptureFixture[str]) -> None:

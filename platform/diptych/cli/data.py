@@ -52,7 +52,10 @@ def _runs() -> Path:
 def ls(options: argparse.Namespace) -> int:
     """`diptych data ls`."""
     del options
-    for name, folder in _datasets(_runs()).items():
+    found = _datasets(_runs())
+    if not found:
+        sys.stdout.write("  no pair datasets yet: diptych run WORKFLOW, or diptych data ingest SOURCE NAME\n")
+    for name, folder in found.items():
         manifest = PairDataset.open(folder).manifest
         methods = ", ".join(str(method.get("method")) for method in manifest.phase.methods)
         sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods}\n")

@@ -20,8 +20,8 @@ def compare(options: argparse.Namespace) -> int:
 
     project = Project.find(Path.cwd())
     if not options.runs:
-        for name in results.evaluated(project):
-            sys.stdout.write(f"  {name}\n")
+        names = results.evaluated(project) or ["no evaluated runs yet: diptych run WORKFLOW"]
+        sys.stdout.write("".join(f"  {name}\n" for name in names))
         return 0
     found = comparisons.compare(project, *options.runs, seed=options.seed, resamples=options.resamples, common=options.common)
     sys.stdout.write(compare_table.text(found) + "\n\n")

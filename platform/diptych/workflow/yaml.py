@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,8 +58,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise ConfigError.at("There is no such workflow file", path, "nothing", f"a YAML file; beside it: {near or 'none'}") from None
+        beside = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        expected = f"a YAML file; beside it: {', '.join(beside) or 'none'}"
+        raise ConfigError.at("There is no such workflow file", path, "nothing", expected, nearest(path.name, beside)) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError.at("The workflow file cannot be read", path, str(error), "a UTF-8 text file") from None
     data = parse(text, str(path))
