@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.compress.pairs import batch_of, timm_model
 from torch import Tensor, nn
 
 from diptych.compress.blocks import Inputs, checkpointed, collect, matrices, towers, walk, watched
 from diptych.core.errors import ConfigError
 from diptych.models import clip
 from diptych.models.attention import CutAttention, in_the_open
-
-TIMM = {
-    "embed_dim": 32,
-    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    "custom_text": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +23,7 @@ def native() -> clip.DualEncoder:
 
 @pytest.fixture(scope="module")
 def timm() -> clip.DualEncoder:
-    torch.manual_seed(0)
-    return clip.build(TIMM).eval()
-
-
-def batch_of(
-    model: clip.DualEncoder, texts: tuple[str, ...] = ("a", "two words and more of them", "three words here")
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    size = model.image_size
-    image_NCHW = torch.randint(0, 256, (len(texts), 3, size, size), generator=generator, dtype=torch.uint8)
-    return {"image_NCHW": image_NCHW, "text_NL": torch.from_numpy(model.tokenizer.encode_cut(list(texts)))}
+    return timm_model()
 
 
 def inputs_of(model: clip.DualEncoder, kind: Any, batch: dict[str, Tensor]) -> dict[str, tuple[Inputs, Tensor]]:

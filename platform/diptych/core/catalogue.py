@@ -49,6 +49,10 @@ TABLE: tuple[Row, ...] = (
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     # compress
     Row("magnitude", "compress", "diptych.compress.magnitude:Config", "Compressor", "Learning both Weights and Connections (NeurIPS 2015)", "zero the smallest weights: the baseline of pruning"),
+    Row("gblm", "compress", "diptych.compress.gblm:Config", "Compressor", "Beyond Size: How Gradients Shape Pruning Decisions (2023)", "zero the weights of least size times input and gradient norm"),
+    Row("wanda", "compress", "diptych.compress.gblm:WandaConfig", "Compressor", "A Simple and Effective Pruning Approach for Large Language Models (ICLR 2024)", "zero the weights of least size times input norm"),
+    Row("sparsegpt", "compress", "diptych.compress.sparsegpt:Config", "Compressor", "SparseGPT (ICML 2023)", "zero weights, and let the others make up for them"),
+    Row("flap", "compress", "diptych.compress.flap:Config", "Compressor", "Fluctuation-based Adaptive Structured Pruning (AAAI 2024)", "remove heads and neurons that fluctuate least: a smaller, faster model"),
     Row("rws", "compress", "diptych.adapt.rws:Config", "Compressor", "Robust Weight Signatures (ICML 2023)", "patch shallow layers with what training on a corruption changed"),
     Row("wise-ft", "compress", "diptych.adapt.interpolation:WiseFTConfig", "Compressor", "Robust fine-tuning of zero-shot models (CVPR 2022)", "the straight line back to the zero-shot model"),
     Row("soup", "compress", "diptych.adapt.interpolation:SoupConfig", "Compressor", "Model soups (ICML 2022)", "average models fine-tuned from one start"),

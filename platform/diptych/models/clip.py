@@ -34,6 +34,7 @@ class DualEncoder(nn.Module):
     Attributes:
         image_size: side in pixels of the square images it takes.
         context_length: tokens of the longest caption it takes.
+        structure: heads and neurons left, by block, where they are fewer than `config` says (`models/structure.py`); mostly empty.
         preprocess_cfg: open_clip's evaluation preprocessing: size, mean, std, interpolation, resize_mode, fill_color, mode.
         mean, std: `[3]`, of pixels in [0, 1]; buffers that are not saved.
     """
@@ -48,6 +49,7 @@ class DualEncoder(nn.Module):
 
         self.clip: Any = clip
         self.config: dict[str, Any] = deepcopy(dict(config or {}))
+        self.structure: dict[str, dict[str, int]] = {}
         self.preprocess_cfg: dict[str, Any] = merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(clip))
         self.image_size = self.preprocess_cfg["size"] = _square(self.preprocess_cfg["size"])
         self.context_length = int(clip.context_length)  # type: ignore[arg-type]
