@@ -53,6 +53,7 @@ TABLE: tuple[Row, ...] = (
     Row("wanda", "compress", "diptych.compress.gblm:WandaConfig", "Compressor", "A Simple and Effective Pruning Approach for Large Language Models (ICLR 2024)", "zero the weights of least size times input norm"),
     Row("sparsegpt", "compress", "diptych.compress.sparsegpt:Config", "Compressor", "SparseGPT (ICML 2023)", "zero weights, and let the others make up for them"),
     Row("flap", "compress", "diptych.compress.flap:Config", "Compressor", "Fluctuation-based Adaptive Structured Pruning (AAAI 2024)", "remove heads and neurons that fluctuate least: a smaller, faster model"),
+    Row("perp", "compress", "diptych.compress.perp:Config", "Compressor", "PERP: Rethinking the Prune-Retrain Paradigm (2023)", "retrain biases, norms and low-rank updates of a pruned model, zeros kept"),
     Row("rws", "compress", "diptych.adapt.rws:Config", "Compressor", "Robust Weight Signatures (ICML 2023)", "patch shallow layers with what training on a corruption changed"),
     Row("wise-ft", "compress", "diptych.adapt.interpolation:WiseFTConfig", "Compressor", "Robust fine-tuning of zero-shot models (CVPR 2022)", "the straight line back to the zero-shot model"),
     Row("soup", "compress", "diptych.adapt.interpolation:SoupConfig", "Compressor", "Model soups (ICML 2022)", "average models fine-tuned from one start"),
