@@ -90,9 +90,11 @@ class Selection:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         self.adapters: dict[str, LowRank] = {}
+        self._orders: dict[nn.Module, list[str]] = {}
         generator = torch.Generator().manual_seed(seed)
         for name, mask in targets.items():
             owner, leaf = _place(model, name)
+            self._orders.setdefault(owner, list(owner._parameters))
             kind: Form = "lora" if mask is None else form
             adapter = LowRank(getattr(owner, leaf), mask, kind, rank, alpha, generator)
             parametrize.register_parametrization(owner, leaf, adapter)
@@ -112,6 +114,9 @@ class Selection:
             adapter.is_merging = True
             owner, leaf = _place(self.model, name)
             parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+        for owner, names in self._orders.items():  # as they were, rather than behind the others
+            for name in names:
+                owner._parameters[name] = owner._parameters.pop(name)
         self.adapters = {}
         for parameter, required in self._before:
             parameter.requires_grad_(required)

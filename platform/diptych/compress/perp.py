@@ -139,7 +139,8 @@ class PERP:
         total = sum(parameter.numel() for parameter in model.parameters())
         for tower in towers(model, self.config.towers):
             for name, block, states in walk(model, tower, batches):
-                targets = [inputs.call(block) for inputs in states]
+                with torch.no_grad():
+                    targets = [inputs.call(block) for inputs in states]
                 prune(block, name, states, self.config)
                 before, after, chosen = reconstruct(block, states, targets, self.config)
                 errors[name] = {"pruned": before, "reconstructed": after}
