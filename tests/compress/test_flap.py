@@ -18,7 +18,7 @@ from diptych.compress.fluctuation import Moments, adaptive, compensation, standa
 from diptych.compress.footprint import measure, parameters_of
 from diptych.compress.magnitude import masks_of
 from diptych.core.errors import ConfigError, DataError
-from diptych.models import clip, store, structure
+from diptych.models import clip, store
 
 
 @pytest.fixture
@@ -187,25 +187,6 @@ def test_a_timm_tower_is_cut_too(tmp_path: Path) -> None:
     assert_same_features(clip.load(tmp_path / "cut").eval(), cut, batches[0])
 
 
-@pytest.mark.parametrize("make", [lambda: clip.create("digits-16", 0).eval(), timm_model], ids=["native", "timm"])
-def test_a_block_may_lose_everything(make: Any, tmp_path: Path) -> None:
-    model = make()
-    (tower,) = towers(model, "image")
-    name = next(iter(tower.blocks))
-    found = structure.parts(tower.blocks[name])
-    nothing = (torch.zeros(found.heads, dtype=torch.bool), torch.zeros(found.neurons, dtype=torch.bool))
-    batch = batch_of(model)
-    with torch.no_grad():
-        found.out.bias.fill_(0.5)
-        found.outer.weight.zero_()
-        found.out.weight.zero_()
-    expected = features(model, batch)
-    structure.cut_encoder(model, {name.removeprefix("clip."): nothing})
-    torch.testing.assert_close(features(model, batch)[0], expected[0], rtol=1e-4, atol=1e-5)
-    clip.save(model, tmp_path / "cut", {})
-    assert_same_features(clip.load(tmp_path / "cut").eval(), model, batch)
-
-
 def test_masks_are_cut_with_their_parameters(model: clip.DualEncoder) -> None:
     from diptych.compress.magnitude import Config as Magnitude
 
@@ -244,5 +225,3 @@ def test_refusals(model: clip.DualEncoder) -> None:
         Config.parse({"method": "flap", "remove_heads": 2})
     with pytest.raises(ConfigError, match="not so many heads"):
         Config(structure="al-mm", remove_heads=100).build().compress(model, batches_of(model, 1))
-    with pytest.raises(ConfigError, match="cannot be told apart"):
-        structure.parts(torch.nn.Linear(2, 2))

@@ -84,5 +84,7 @@ def test_refusals() -> None:
         Config().build().compress(model, [])
     with pytest.raises(ConfigError, match="does not divide"):
         Config(pattern="2:4", columns=6).build().compress(model, batches_of(model, 1))
+    with pytest.raises(ConfigError, match="cannot be inverted"):
+        reconstruct(torch.ones(2, 3), -torch.eye(3), 0.5)
     with pytest.raises(ConfigError, match="greater than 0"):
         Config.parse({"method": "sparsegpt", "damping": 0})

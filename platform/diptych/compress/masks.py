@@ -68,7 +68,8 @@ def put(matrix: Matrix, mask: Tensor) -> None:
 def put_on(owner: nn.Module, leaf: str, mask: Tensor) -> None:
     """`put` for any parameter `leaf` of a module, biases included."""
     earlier = getattr(owner, leaf + MASK, None)
-    joined = mask if earlier is None else mask & earlier
     parameter: Tensor = getattr(owner, leaf)
+    mask = mask.to(parameter.device)
+    joined = mask if earlier is None else mask & earlier
     parameter.mul_(joined)
     owner.register_buffer(leaf + MASK, joined)

@@ -81,6 +81,8 @@ def reconstruct(
         damping: share of the mean of the diagonal that is added to it.
         name: for complaints.
         official_threshold: let `masks.above_threshold` choose, as the published code does: one weight a block more goes, and all ties.
+
+    Raises ConfigError where rows or blocks do not divide into the pattern's groups, or the damped Hessian is not positive definite.
     """
     found = PATTERN.match(pattern)
     group = int(found[2]) if found else 0
@@ -88,7 +90,7 @@ def reconstruct(
         expected = f"rows and blocks ({columns} columns) of a multiple of {group} weights"
         raise ConfigError.at("A matrix does not divide into the pattern", name, list(weight_OI.shape), expected)
     weight, hessian = weight_OI.detach().float().clone(), hessian_II.float().clone()
-    upper_II = _inverse_factor(weight, hessian, damping)
+    upper_II = _inverse_factor(weight, hessian, damping, name)
     keep_OI = torch.ones_like(weight, dtype=torch.bool)
     for start in range(0, weight.shape[1], columns):
         end = min(start + columns, weight.shape[1])
@@ -109,12 +111,17 @@ def reconstruct(
     return keep_OI & (hessian_II.diagonal() != 0), weight.to(weight_OI.dtype)
 
 
-def _inverse_factor(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
+def _inverse_factor(weight: Tensor, hessian: Tensor, damping: float, name: str) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; columns of features that never occur are zeroed in the weight."""
     dead_I = hessian.diagonal() == 0
     hessian.diagonal()[dead_I] = 1
     weight[:, dead_I] = 0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if not failed:
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        fix = "raise `damping`, or `calibration_pairs`"
+        raise ConfigError.at("The inputs' second moments cannot be inverted", name, f"damping {damping}", "a positive definite matrix", fix)
+    found: Tensor = factor
+    return found
