@@ -49,6 +49,14 @@ def test_what_goes_is_the_smallest_and_the_count_is_exact(model: clip.DualEncode
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in others.items())
 
 
+def test_blocks_alone(model: clip.DualEncoder) -> None:
+    Config(sparsity=0.5, layers="blocks").build().compress(model, ())
+    outside = {"clip.visual.conv1.weight", "clip.visual.proj", "clip.text_projection"}
+    assert {name for name, _ in prunable(model)} - masks_of(model).keys() == outside
+    with pytest.raises(ConfigError, match="no transformer blocks"):
+        Config(layers="blocks").build().compress(clip.create("rn-nano-64", 0), ())
+
+
 def test_ties_do_not_change_the_count() -> None:
     assert int(largest(torch.ones(10), 0.5).sum()) == 5
     assert largest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 0.5).tolist() == [True, False, True, False]

@@ -145,6 +145,30 @@ def test_a_figure_judged_by_itself_a_multiple_and_every_seed() -> None:
         claim.Demand.parse({"better": "a", "metric": "train/used", "factor": 2.0, "least": 0.0})
 
 
+def test_changes_since_a_third_arm() -> None:
+    rows = [
+        {"setting": {"arm": arm, "seed": seed}, "metrics": {"train/loss": value + seed}}
+        for arm, value in (("pruned", 2.0), ("few", 1.2), ("all", 1.0))
+        for seed in range(3)
+    ]
+
+    def shown(factor: float) -> bool:
+        demand = {"better": "few", "worse": "all", "since": "pruned", "factor": factor, "metric": "train/loss", "direction": "lower"}
+        return claim._judge(claim.Demand.parse({**demand, "least": 0.0, "every_seed": True}), rows).shown
+
+    assert shown(0.79)  # 0.8 of 1.0 is recovered
+    assert not shown(0.81)
+    demand = claim.Demand.parse({"better": "a", "worse": "b", "since": "c", "metric": "x", "least": 0.0})
+    assert demand.title == "x, change since c: a - b"
+    with pytest.raises(ConfigError, match="name its arm"):
+        claim.Demand.parse({"better": "a", "since": "c", "metric": "x", "least": 0.0})
+
+
+def test_figures_of_compressors() -> None:
+    report = {"overall": 0.5, "yes": True, "text": "no", "kept_share": {"image": 0.8}, "matrices": {str(i): 0.1 for i in range(9)}}
+    assert claim.of_reports({"flap": report}) == {"compress/flap/overall": 0.5, "compress/flap/kept_share/image": 0.8}
+
+
 def test_the_words_of_a_demand() -> None:
     demand = claim.Demand.parse({"better": "a", "worse": "b", "metric": "train/used", "factor": 1.3, "least": 0.0, "every_seed": True})
     assert demand.title == "train/used: a - 1.3 x b"

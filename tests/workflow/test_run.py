@@ -11,11 +11,15 @@ from pathlib import Path
 import mlflow
 import polars as pl
 import pytest
+import torch
 from tests.workflow.conftest import WORKFLOW, write_workflow
 
+from diptych.adapt.interpolation import WiseFTConfig
+from diptych.compress.gblm import Config as Pruning
 from diptych.core.errors import ConfigError, DataError
+from diptych.models import clip
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import compare, plan, run, spec, trace
+from diptych.workflow import compare, phases, plan, run, spec, trace
 from diptych.workflow.project import Project
 
 OPTIONS = run.Options(in_process=True, quiet=True)
@@ -202,3 +206,26 @@ def test_asha_stops_poor_settings_early_and_finishes_good_ones(project: Path) ->
     ]
     assert found["winner"]["train.optimizer.lr"] in trained
     assert not [path for path in (project / "runs" / ".scratch").glob("small+*") if path.is_dir()], "only lock files stay"
+
+
+def test_compressors_see_as_many_pairs_as_they_ask_for_and_their_model_is_measured(project: Path, done: run.Outcome) -> None:
+    dataset, encoder = PairDataset.open(project / "runs/small/caption"), clip.load(project / "runs/small/train")
+    wanted = Pruning(calibration_pairs=50, calibration_batch=20)
+    calibration = phases.Calibration.of(wanted, dataset, encoder)
+    first, again = list(calibration), list(calibration)
+    assert [len(batch["image_NCHW"]) for batch in first] == [20, 20, 10] == [len(batch["text_NL"]) for batch in first]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(first, again, strict=True) for name in one)
+    assert phases.Calibration.of(WiseFTConfig(origin="x"), dataset, encoder).pairs == 256
+    methods = (
+        "[{method: gblm, calibration_pairs: 40, calibration_batch: 20},"
+        " {method: perp, rank: 2, steps: 3, calibration_pairs: 40, calibration_batch: 20},"
+        " {method: flap, calibration_pairs: 40, calibration_batch: 20}]"
+    )
+    changed = go(project, f"compress={methods}")
+    report = changed.figures["compress"]["report"]
+    assert report["gblm"]["overall"] > 0.4
+    assert report["perp"]["trained_share"] < 0.1
+    assert report["flap"]["after"]["parameters"] < report["flap"]["before"]["parameters"]
+    small = next((project / "runs").glob("small+*/compress"))
+    assert sum(p.numel() for p in clip.load(small).parameters()) == report["flap"]["after"]["parameters"]
+    assert changed.figures["evaluate"]["metrics"] != done.figures["evaluate"]["metrics"]

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from diptych.compress.blocks import towers
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.models.store import MASK
@@ -30,6 +31,7 @@ class Config(BaseConfig):
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights that become zero; with an n:m pattern it is 1 - n/m")
     scope: Literal["layer", "global"] = Field("layer", description="compare weights within each matrix, or over all of them")
     towers: Literal["both", "image", "text"] = Field("both", description="which towers are pruned")
+    layers: Literal["all", "blocks"] = Field("all", description="`blocks`: only what is inside the transformer blocks, as other pruners do")
     pattern: str = Field("unstructured", description="`unstructured`, or n:m such as 2:4: n of every m weights along a row stay")
 
     @field_validator("pattern")
@@ -55,10 +57,12 @@ class Magnitude:
     def compress(self, model: nn.Module, calibration: Iterable[Mapping[str, Tensor]]) -> nn.Module:
         """Zeroes weights in place and keeps each mask as the buffer `<parameter>_mask` (bool, True stays); gives the model back.
 
-        Raises ConfigError where a row does not divide into the pattern's groups.
+        Raises ConfigError where a row does not divide into the pattern's groups, or a tower has none of the blocks that were asked for.
         """
         del calibration
         weights = dict(prunable(model, self.config.towers))
+        if self.config.layers == "blocks":
+            weights = {matrix.name: matrix.weight for tower in towers(model, self.config.towers) for matrix in tower.matrices()}
         for name, mask in self._masks(weights).items():
             weights[name].mul_(mask)
             owner, _, leaf = name.rpartition(".")

@@ -24,7 +24,7 @@ from diptych.core.points import Benchmark, Metric, PictureTransform
 from diptych.engine import feature_files, features
 from diptych.evaluate.encode import Pixels, encode_blocks, encode_texts, transformed
 from diptych.evaluate.templates import OF_THE_SET
-from diptych.models.store import CONFIG, FOREIGN_WEIGHTS, MASKS, WEIGHTS
+from diptych.models.store import CONFIG, FOREIGN_WEIGHTS, MASKS, STRUCTURE, WEIGHTS
 from diptych.pairs import files
 from diptych.pairs.card import Card
 from diptych.pairs.dataset import PairDataset
@@ -49,8 +49,8 @@ class Checkpoint:
         weights = [name for name in (WEIGHTS, *FOREIGN_WEIGHTS) if (self.folder / name).is_file()][:1]
         if not weights or not (self.folder / CONFIG).is_file():
             raise DataError.at("This is no model directory", self.folder, "a folder without model", f"{CONFIG} and {WEIGHTS}")
-        masks = [MASKS] if (self.folder / MASKS).is_file() else []
-        return digest.of_plain([digest.of_file(self.folder / name) for name in (CONFIG, *weights, *masks)])
+        more = [name for name in (MASKS, STRUCTURE) if (self.folder / name).is_file()]
+        return digest.of_plain([digest.of_file(self.folder / name) for name in (CONFIG, *weights, *more)])
 
     @cached_property
     def model(self) -> DualEncoder:

@@ -34,6 +34,7 @@ class DualEncoder(nn.Module):
     Attributes:
         image_size: side in pixels of the square images it takes.
         context_length: tokens of the longest caption it takes.
+        structure: heads and neurons left, by block, where they are fewer than `config` says (`models/structure.py`); mostly empty.
         preprocess_cfg: open_clip's evaluation preprocessing: size, mean, std, interpolation, resize_mode, fill_color, mode.
         mean, std: `[3]`, of pixels in [0, 1]; buffers that are not saved.
     """
@@ -48,6 +49,7 @@ class DualEncoder(nn.Module):
 
         self.clip: Any = clip
         self.config: dict[str, Any] = deepcopy(dict(config or {}))
+        self.structure: dict[str, dict[str, int]] = {}
         self.preprocess_cfg: dict[str, Any] = merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(clip))
         self.image_size = self.preprocess_cfg["size"] = _square(self.preprocess_cfg["size"])
         self.context_length = int(clip.context_length)  # type: ignore[arg-type]
@@ -99,10 +101,10 @@ class DualEncoder(nn.Module):
         if length > self.context_length:
             raise DataError.at("The captions are longer than the context", "text_NL", length, f"at most {self.context_length} tokens")
         tower = getattr(self.clip, "text", self.clip)
-        if length < self.context_length and _ignores_padding(tower):
+        if length < self.context_length and ignores_padding(tower):
             feature_ND = _encode_cut(tower, text_NL)
         else:
-            full_NL = nn.functional.pad(text_NL, (0, self.context_length - length), value=_pad_id(tower))
+            full_NL = nn.functional.pad(text_NL, (0, self.context_length - length), value=pad_id(tower))
             feature_ND = self.clip.encode_text(full_NL, normalize=False)
         return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
 
@@ -240,7 +242,7 @@ def _published(name: str) -> DualEncoder:
     return DualEncoder(model, {**config, "quick_gelu": quick_gelu})
 
 
-def _ignores_padding(tower: Any) -> bool:
+def ignores_padding(tower: Any) -> bool:
     """Whether the feature of a caption cannot depend on what follows its end token."""
     mask, pool = getattr(tower, "attn_mask", None), getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     whole = getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False)
@@ -265,7 +267,7 @@ def _encode_cut(tower: Any, text_NL: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, projection(x_ND)) if isinstance(projection, nn.Module) else x_ND @ projection
 
 
-def _pad_id(tower: Any) -> int:
+def pad_id(tower: Any) -> int:
     """What fills a caption: the tower's own id, the Hugging Face configuration's, or CLIP's 0."""
     hugging_face = getattr(getattr(tower, "config", None), "pad_token_id", None)
     return int(hugging_face if hugging_face is not None else getattr(tower, "pad_id", 0))

@@ -1,6 +1,8 @@
 """The directory of a model: open_clip's files, the masks of a compressed model, and where it came from.
 
 - `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens;
+- `structure.json`: only if blocks have fewer heads or neurons than the configuration can say (`models/structure.py`); open_clip then
+  refuses the weights, since their shapes are not the configuration's;
 - `masks.safetensors`: only if the model has masks (buffers named `<parameter>_mask`), which open_clip knows nothing of;
 - `lineage.json`: what the writer says about its origin.
 """
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.core.errors import DataError, DiptychError
+from diptych.core.errors import ConfigError, DataError, DiptychError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from diptych.models.clip import DualEncoder
 
 CONFIG, WEIGHTS, MASKS, LINEAGE = "open_clip_config.json", "open_clip_model.safetensors", "masks.safetensors", "lineage.json"
+STRUCTURE = "structure.json"
 FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
 """Names under which open_clip itself publishes weights; read (safely), never written."""
 MASK = "_mask"
@@ -42,6 +45,8 @@ def save(model: DualEncoder, directory: Path, lineage: Mapping[str, Any]) -> Non
         save_file(state, partial / WEIGHTS)
         if masks:
             save_file(masks, partial / MASKS)
+        if model.structure:
+            _write(partial / STRUCTURE, model.structure)
         _write(partial / CONFIG, {"model_cfg": model.config, "preprocess_cfg": model.preprocess_cfg})
         _write(partial / LINEAGE, lineage)
         _replace(partial, directory)
@@ -55,6 +60,8 @@ def load(directory: Path) -> DualEncoder:
 
     config = read_config(directory)
     encoder = clip.build(config["model_cfg"], config.get("preprocess_cfg"))
+    if (directory / STRUCTURE).is_file():
+        _shape(encoder, directory / STRUCTURE)
     weights = next((directory / name for name in (WEIGHTS, *FOREIGN_WEIGHTS) if (directory / name).is_file()), None)
     if weights is None:
         raise _missing(directory / WEIGHTS)
@@ -85,6 +92,15 @@ def read_lineage(directory: Path) -> dict[str, Any]:
     path = directory / LINEAGE
     lineage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return lineage
+
+
+def _shape(encoder: DualEncoder, path: Path) -> None:
+    from diptych.models import structure
+
+    try:
+        structure.shape(encoder, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise DataError.at("A model's structure cannot be read", path, str(error), f"heads and neurons of blocks of {CONFIG}") from error
 
 
 def _load_weights(model: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Encoded
+from diptych.models.contrastive import symmetric_cross_entropy
 from diptych.objectives.gather import gather, rank, world_size
 
 MAX_LOG_SCALE = math.log(100)
@@ -84,7 +85,7 @@ def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_l
 
 
 def _loss(logits: Logits) -> Tensor:
-    return (cross_entropy(logits.image, logits.label_n) + cross_entropy(logits.text, logits.label_n)) / 2
+    return symmetric_cross_entropy(logits.image, logits.text, logits.label_n)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ same seed, so that arms are compared at equal size; `@model:ARM` for the directo
 `@seed` for the seed.
 
 Figures are those of the evaluation, `<set>/<task>/<metric>`, and of training: `train/<name>` as the run's summary has it, of everything in
-the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them.
+the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them. Numbers of a compressor's report are
+`compress/<method>/<name>`, those of a small mapping in it `compress/<method>/<name>/<key>`.
 """
 
 from __future__ import annotations
@@ -60,14 +61,19 @@ class Demand(Config):
     metric: str = Field(description="`<set>/<task>/<metric>` or `train/<name>`")
     against: str | None = Field(None, description="the worse side's figure, where it is another one: two methods measured in one run")
     factor: float = Field(1.0, gt=0, description="what the worse side is multiplied with first: 1.3 asks for more than 1.3 times as much")
+    since: str | None = Field(
+        None, description="an arm whose figure, of the same metric, both sides are measured from: how much each changed"
+    )
     least: float = Field(description="least mean difference that counts, in the metric's unit")
     every_seed: bool = Field(False, description="no seed's own difference may lie below `least` either")
     direction: Literal["higher", "lower"] = "higher"
 
     @model_validator(mode="after")
     def _has_another_side(self) -> Demand:
-        if self.worse is None and (self.against is not None or self.factor != 1):
-            raise ValueError("against and factor are of the worse side; name its arm in `worse`")
+        if self.worse is None and (self.against is not None or self.factor != 1 or self.since is not None):
+            raise ValueError("against, factor and since are of two sides; name its arm in `worse`")
+        if self.since is not None and self.against is not None:
+            raise ValueError("since measures one metric: leave `against` out")
         return self
 
     @property
@@ -82,6 +88,8 @@ class Demand(Config):
         times = "" if self.factor == 1 else f"{self.factor:g} x "
         if self.worse is None:
             return f"{self.metric} of {self.better}"
+        if self.since is not None:
+            return f"{self.metric}, change since {self.since}: {self.better} - {times}{self.worse}"
         if self.against is None:
             return f"{self.metric}: {self.better} - {times}{self.worse}"
         return (
@@ -158,7 +166,7 @@ def load(path: Path) -> ClaimFile:
         except ConfigError as error:
             problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
     for position, demand in enumerate(file.demands):
-        for role in (demand.better, demand.worse):
+        for role in (demand.better, demand.worse, demand.since):
             if role is not None and role not in file.arms:
                 problems.append(Problem(f"demands.{position}", role, f"one of the arms {', '.join(file.arms)}", nearest(role, file.arms)))
     if problems:
@@ -203,7 +211,8 @@ class ArmTrial:
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
         trained = {**of_training(figures["train"]), **of_steps(store.folder("train").parent / ".records" / "steps.jsonl")}
-        yield {**values, **trained, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
+        compressed = of_reports(figures["compress"].get("report", {}))
+        yield {**values, **trained, **compressed, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
     def _name(self, arm: str, seed: int) -> str:
         return f"claims/{self.file.claim}/{arm}-s{seed}"
@@ -227,6 +236,21 @@ def of_training(figures: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"train/{name}": float(value) for name, value in figures.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def of_reports(reports: Mapping[str, Mapping[str, Any]], small: int = 8) -> dict[str, float]:
+    """The numbers of compressors' reports as `compress/<method>/<name>`; of mappings only those with at most `small` entries."""
+    found: dict[str, float] = {}
+    for method, report in reports.items():
+        for name, value in report.items():
+            inner = (
+                {f"{name}/{key}": each for key, each in value.items()}
+                if isinstance(value, Mapping) and len(value) <= small
+                else {name: value}
+            )
+            numbers = {key: each for key, each in inner.items() if isinstance(each, int | float) and not isinstance(each, bool)}
+            found |= {f"compress/{method}/{key}": float(each) for key, each in numbers.items()}
+    return found
 
 
 def of_steps(log: Path) -> dict[str, float]:
@@ -269,7 +293,9 @@ def _judge(demand: Demand, rows: Sequence[Mapping[str, Any]]) -> Finding:
     worse = dict.fromkeys(better, 0.0)
     if demand.worse is not None:
         found = _by_seed(rows, demand.worse, demand.against or demand.metric)
-        worse = {seed: demand.factor * value for seed, value in found.items()}
+        start = dict.fromkeys(found, 0.0) if demand.since is None else _by_seed(rows, demand.since, demand.metric)
+        better = {seed: value - start[seed] for seed, value in better.items()}
+        worse = {seed: demand.factor * (value - start[seed]) for seed, value in found.items()}
     low, high = (worse, better) if demand.direction == "higher" else (better, worse)
     return Finding(demand, better, worse, intervals.difference(low, high))
 

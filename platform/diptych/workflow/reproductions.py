@@ -58,7 +58,7 @@ def _record(tracker: tracking.Tracker, result: claims.ClaimResult) -> None:
 
 
 def _metric_name(key: str) -> str:
-    return key if key.startswith("train/") else METRIC_NAMES.get(key, f"eval/{key}")
+    return key if key.startswith(("train/", "compress/")) else METRIC_NAMES.get(key, f"eval/{key}")
 
 
 def _plain(result: claims.ClaimResult) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def _compared(finding: Mapping[str, Any]) -> str:
         return str(finding["better"])
     other = finding["worse"] if finding.get("against") is None else f"{finding['against']} of {finding['worse']}"
     times = "" if finding.get("factor", 1) == 1 else f"{finding['factor']:g} × "
-    return f"{finding['better']} − {times}{other}"
+    since = "" if finding.get("since") is None else f", both since {finding['since']}"
+    return f"{finding['better']} − {times}{other}{since}"
 
 
 def _demanded(finding: Mapping[str, Any]) -> str:
