@@ -5,7 +5,7 @@ Shape legend: N samples (pictures or captions), L tokens, T tokens that count, I
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -85,8 +85,3 @@ def input_moments(block: nn.Module, prefix: str, states: Iterable[Inputs]) -> di
 
     collect(block, prefix, states, add)
     return moments
-
-
-def zeros_in(matrices: Mapping[str, Tensor]) -> dict[str, float]:
-    """The share of exact zeros in each matrix, in [0, 1]."""
-    return {name: float((weight == 0).float().mean()) for name, weight in matrices.items()}

@@ -53,6 +53,8 @@ TABLE: tuple[Row, ...] = (
     Row("wanda", "compress", "diptych.compress.gblm:WandaConfig", "Compressor", "A Simple and Effective Pruning Approach for Large Language Models (ICLR 2024)", "zero the weights of least size times input norm"),
     Row("sparsegpt", "compress", "diptych.compress.sparsegpt:Config", "Compressor", "SparseGPT (ICML 2023)", "zero weights, and let the others make up for them"),
     Row("flap", "compress", "diptych.compress.flap:Config", "Compressor", "Fluctuation-based Adaptive Structured Pruning (AAAI 2024)", "remove heads and neurons that fluctuate least: a smaller, faster model"),
+    Row("perp", "compress", "diptych.compress.perp:Config", "Compressor", "PERP: Rethinking the Prune-Retrain Paradigm (2023)", "retrain biases, norms and low-rank updates of a pruned model, zeros kept"),
+    Row("rescale", "compress", "diptych.compress.rescale:Config", "Compressor", "", "other weights for the same function: what pruning by magnitude minds"),
     Row("rws", "compress", "diptych.adapt.rws:Config", "Compressor", "Robust Weight Signatures (ICML 2023)", "patch shallow layers with what training on a corruption changed"),
     Row("wise-ft", "compress", "diptych.adapt.interpolation:WiseFTConfig", "Compressor", "Robust fine-tuning of zero-shot models (CVPR 2022)", "the straight line back to the zero-shot model"),
     Row("soup", "compress", "diptych.adapt.interpolation:SoupConfig", "Compressor", "Model soups (ICML 2022)", "average models fine-tuned from one start"),
@@ -66,6 +68,7 @@ TABLE: tuple[Row, ...] = (
     Row("corruption-robustness", "evaluate", "diptych.evaluate.corruption_robustness:Config", "Benchmark", "Common corruptions (ICLR 2019)", "zero-shot accuracy under 15 corruptions at 5 severities"),
     Row("straggler-sharpness", "evaluate", "diptych.adapt.straggler_sharpness:Config", "Benchmark", "In Search of the Successful Interpolation (2024)", "accuracy, sharpness and unstable layers on the way from zero-shot"),
     Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
+    Row("contrastive-loss", "evaluate", "diptych.evaluate.contrastive_loss:Config", "Benchmark", "CLIP (2021)", "the loss on pairs that were not trained on"),
     # adapters of few-shot
     Row("gda", "adapter", "diptych.adapt.gda:Config", "Adapter", "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation (ICLR 2024)", "class means and one shared covariance beside the zero-shot head"),
     Row("adanpc", "adapter", "diptych.adapt.adanpc:Config", "Adapter", "AdaNPC (ICML 2023)", "a vote of nearest memories that learns from the stream"),

@@ -264,10 +264,17 @@ class TrainingTask(Protocol):
 
 
 class Compressor(Protocol):
-    """Makes a model smaller or sparser. Masks stay with the model as buffers, so that they are saved with it."""
+    """Makes a model smaller or sparser. Masks stay with the model as buffers, so that they are saved with it.
+
+    Its configuration may have the fields `calibration_pairs` and `calibration_batch`: how many pairs it wants to see, 256 by default, and how
+    many of them a batch, 128 by default. A `report(model)`, where there is one, gives plain figures after `compress`.
+    """
 
     def compress(self, model: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]]) -> nn.Module:
-        """The compressed model; `calibration` holds batches (`image_NCHW` uint8, `text_NL` int64) from the training pairs."""
+        """The compressed model; `calibration` holds batches (`image_NCHW` uint8, `text_NL` int64) from the training pairs.
+
+        It may be gone through any number of times, is the same each time, and decodes pictures anew each time.
+        """
         ...
 
 

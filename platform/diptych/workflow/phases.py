@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,30 +230,39 @@ def _compress(bench: Bench) -> Figures:
     reports = {}
     for config in configs:
         compressor = config.build()  # type: ignore[attr-defined]
-        encoder = compressor.compress(encoder, _calibration(bench, encoder))
+        encoder = compressor.compress(encoder, Calibration.of(config, bench.dataset("caption"), encoder))
         reports[str(config.plain()["method"])] = compressor.report(encoder) if hasattr(compressor, "report") else {}
     lineage = {**json.loads((source / "lineage.json").read_text()), "compress": [config.plain() for config in configs]}
     clip.save(encoder, out, lineage)
     return {"report": reports, "digest": identity.of_output(out)}
 
 
-def _calibration(bench: Bench, encoder: Any, rows: int = 256) -> list[Mapping[str, Any]]:
-    """A few batches of training pairs, the first by key hash: what data-aware compressors measure activations on."""
-    import torch
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of training pairs, the first by key hash: what data-aware compressors look at. Pictures are decoded as they are gone through."""
 
-    from diptych.core.chance import key_hashes
-    from diptych.engine.features import pictures
+    dataset: PairDataset
+    encoder: Any
+    pairs: int
+    batch: int
 
-    dataset = bench.dataset("caption")
-    frame = dataset.read().filter(pl.col("split") == "train")
-    order = key_hashes(frame["key"]).argsort()[:rows]
-    frame = frame[order]
-    texts = [captions[0]["text"] for captions in frame["captions"]]
-    batches: list[Mapping[str, Any]] = []
-    for start, image_NCHW in zip(range(0, rows, 128), pictures(frame, dataset.reader(), encoder.image_size), strict=False):
-        text_NL = encoder.tokenizer.encode_cut(texts[start : start + len(image_NCHW)])
-        batches.append({"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL)})
-    return batches
+    @classmethod
+    def of(cls, config: Config, dataset: PairDataset, encoder: Any) -> Calibration:
+        """As many pairs, and as many a batch, as a compressor's configuration asks for (`core.points.Compressor`)."""
+        return cls(dataset, encoder, getattr(config, "calibration_pairs", 256), getattr(config, "calibration_batch", 128))
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        import torch
+
+        from diptych.core.chance import key_hashes
+        from diptych.engine.features import pictures
+
+        frame = self.dataset.read().filter(pl.col("split") == "train")
+        frame = frame[key_hashes(frame["key"]).argsort()[: self.pairs]]
+        texts = iter([captions[0]["text"] for captions in frame["captions"]])
+        for image_NCHW in pictures(frame, self.dataset.reader(), self.encoder.image_size, self.batch):
+            text_NL = self.encoder.tokenizer.encode_cut(list(itertools.islice(texts, len(image_NCHW))))
+            yield {"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL)}
 
 
 def _evaluate(bench: Bench) -> Figures:
