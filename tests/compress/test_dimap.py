@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.compress.pairs import timm_model
 from torch import nn
 
 from diptych.compress import lamp
@@ -11,7 +12,6 @@ from diptych.compress.dimap import Config, masks, module_of
 from diptych.compress.magnitude import masks_of, prunable
 from diptych.core.errors import ConfigError
 from diptych.models import clip
-from tests.compress.pairs import timm_model
 
 
 @pytest.fixture

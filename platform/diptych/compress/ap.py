@@ -4,8 +4,8 @@ Source: Liu, Ghosh, Tan, Motani, AP: Selective Activation for De-sparsifying Pru
 train with pruned weights held at zero; prune the smallest weights of all matrices together; prune, of the negative weights left, those that
 moved least in this round; rewind what is left to its first values. A negative weight on a non-negative input only pushes the node down.
 
-Where the published code errs, this does not: after a bias it counts the weights before it twice, so that AP takes twice its share (`twice`
-has that count, for parity); rewound biases are copies; what is pruned is known by masks, not by being zero.
+Where the published code errs, this does not: after a bias it counts the weights before it twice, in its percentiles too, and what moved
+equally little, such as a dead channel, goes all at once (`official_copies` and `official_activate`, for parity); rewound biases are copies; what is pruned is known by masks, not by being zero.
 For a dual encoder, where the source is silent: first values are those of the model handed over, the loss is the contrastive one, and
 with activations that never give exact zeros only the matrices in front of an activation take part in step three (`activated`).
 """
@@ -21,12 +21,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diptych.compress import masks
-from diptych.compress.activation import DeadNodes, activations, dead_nodes
+from diptych.compress.activation import DeadNodes, activations, dead_nodes, is_activation
 from diptych.compress.blocks import Batch, device_of, evaluating
 from diptych.compress.calibration import Calibrated, required
 from diptych.compress.magnitude import apply_masks, masks_of, prunable, sparsity
-from diptych.compress.retrain import Pool, clamp_scale, train
-from diptych.models.contrastive import contrastive_loss
+from diptych.compress.retrain import Pool, clamp_scale, pair_loss, train
 
 FIRST_OF_MLP = ("mlp.c_fc.weight", "mlp.fc1.weight", "intermediate.dense.weight")
 EXACT = (nn.ReLU, nn.ReLU6)
@@ -37,7 +36,9 @@ class Config(Calibrated):
 
     method: Literal["ap"] = "ap"
     percent: float = Field(20.0, gt=0, lt=100, description="of the alive weights, in percent, go in a round")
-    ap_percent: float = Field(2.0, ge=0, lt=100, description="of the alive weights, in percent, are AP's part of it; 0: plain magnitude pruning")
+    ap_percent: float = Field(
+        2.0, ge=0, lt=100, description="of the alive weights, in percent, are AP's part of it; 0: plain magnitude pruning"
+    )
     rounds: int = Field(3, ge=1, description="rounds of training, pruning and rewinding; the last is followed by one more training")
     steps: int = Field(100, ge=1, description="updates of each training")
     lr: float = Field(1e-3, gt=0, description="highest learning rate of each training")
@@ -92,8 +93,7 @@ class AP:
         config = self.config
 
         def loss(step: int) -> Tensor:
-            batch = pool.at(number * config.steps + step)
-            return contrastive_loss(model.encode_image(batch["image_NCHW"]), model.encode_text(batch["text_NL"]), model.logit_scale.exp())
+            return pair_loss(model, pool.at(number * config.steps + step))
 
         def after() -> None:
             clamp_scale(model)
@@ -120,13 +120,18 @@ def dead_node_rates(model: Any, batch: Batch) -> dict[str, DeadNodes]:
 
 
 def activated(model: nn.Module, weights: Mapping[str, Tensor]) -> frozenset[str]:
-    """The weights that AP may take negative ones of: all, if every activation gives exact zeros; else those in front of an activation."""
-    from diptych.compress.activation import is_activation
+    """The weights that AP may take negative ones of, tower by tower: all, if its activations give exact zeros; else those in front of one."""
+    chosen: set[str] = set()
+    for image in (True, False):
+        kinds = [module for name, module in model.named_modules() if is_activation(module) and _of_image(name) == image]
+        own = [name for name in weights if _of_image(name) == image]
+        exact = all(isinstance(module, EXACT) for module in kinds)
+        chosen.update(own if exact else (name for name in own if name.endswith(FIRST_OF_MLP)))
+    return frozenset(chosen)
 
-    kinds = [module for module in model.modules() if is_activation(module)]
-    if all(isinstance(module, EXACT) for module in kinds):
-        return frozenset(weights)
-    return frozenset(name for name in weights if name.endswith(FIRST_OF_MLP))
+
+def _of_image(name: str) -> bool:
+    return ".visual." in f".{name}"
 
 
 def pruned(
@@ -143,12 +148,12 @@ def pruned(
     if not ap_percent:
         return after
     chosen = {name: weights[name] for name in weights if own is None or name in own}
-    changed, _ = activate(chosen, start, {name: after[name] for name in chosen}, int(alive * ap_percent / 100))
+    changed = activate(chosen, start, {name: after[name] for name in chosen}, int(alive * ap_percent / 100))
     return {**after, **changed}
 
 
 def by_magnitude(
-    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], percent: float
+    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], percent: float, copies: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """The masks without the smallest of the alive weights of all tensors together, and the threshold below which they lay.
 
@@ -156,47 +161,57 @@ def by_magnitude(
         weights: by name.
         before: masks of what is alive, True stays.
         percent: of the alive weights, in [0, 100); the threshold is that percentile, linear between two weights.
+        copies: how often each tensor is counted; None: once.
     """
-    alive = np.concatenate([weight.detach()[before[name]].abs().cpu().numpy().ravel() for name, weight in weights.items()])
-    limit = float(np.percentile(alive, percent))
+    alive = {name: weight.detach()[before[name]].abs().cpu().numpy().ravel() for name, weight in weights.items()}
+    counted = [np.tile(values, 1 if copies is None else copies[name]) for name, values in alive.items()]
+    limit = float(np.percentile(np.concatenate(counted), percent))
     return {name: before[name] & (weight.detach().abs() >= limit) for name, weight in weights.items()}, limit
 
 
-def activate(
-    weights: Mapping[str, Tensor], start: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int
-) -> tuple[dict[str, Tensor], float]:
-    """The masks without the negative weights that moved least since the round began, and the movement up to which they go.
+def activate(weights: Mapping[str, Tensor], start: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The masks without the `count` negative weights that moved least since the round began; of equal movements the earlier go first.
 
     Args:
         weights: after the round's training.
         start: the same weights before it.
         alive: masks after ordinary pruning.
-        count: the place of the threshold among the sorted movements: `count + 1` weights go, more with ties; all, if there are no more.
     """
+    negative = torch.cat([(alive[name] & (weight.detach() < 0)).flatten() for name, weight in weights.items()])
+    moved = torch.cat([(weight.detach() - start[name]).abs().flatten() for name, weight in weights.items()])
+    candidates = negative.nonzero()[:, 0]
+    goes = candidates[moved[candidates].argsort(stable=True)[:count]]
+    kept = torch.cat([alive[name].flatten() for name in weights]).index_fill_(0, goes, False)
+    parts = kept.split([weight.numel() for weight in weights.values()])
+    return {name: part.view_as(weight) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+
+
+def official_activate(
+    weights: Mapping[str, Tensor], start: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int, copies: Mapping[str, int]
+) -> tuple[dict[str, Tensor], float]:
+    """`activate` as the published code has it, and the movement up to which weights go: the one at place `count`, with all that equal it."""
     negative = {name: alive[name] & (weight.detach() < 0) for name, weight in weights.items()}
     moved = {name: (weight.detach() - start[name]).abs() for name, weight in weights.items()}
-    ordered = torch.cat([moved[name][negative[name]].flatten() for name in weights]).sort().values
-    if not len(ordered):
-        return dict(alive), 0.0
-    limit = float(ordered[min(count, len(ordered) - 1)])
+    ordered = torch.cat([moved[name][negative[name]].flatten().repeat(copies[name]) for name in weights]).sort().values
+    limit = float(ordered[count])
     return {name: alive[name] & ~(negative[name] & (moved[name] <= limit)) for name in weights}, limit
 
 
-def counted(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], *, twice: bool = False) -> int:
-    """How many weights are alive; with `twice`, as the published code counts: once more after every tensor that is no weight.
+def official_copies(names: Iterable[str], weights: Iterable[str]) -> dict[str, int]:
+    """How often the published code counts each weight tensor: once more for every tensor behind it that is no weight, up to the next weight.
 
     Args:
-        tensors: all parameters in the model's order.
-        before: masks of those that are weights.
+        names: of all parameters, in the model's order.
+        weights: those of them that are weights.
     """
-    total, last = 0, 0
-    for name in tensors:
-        if name in before:
-            last = int(before[name].sum())
-        elif not twice:
-            continue
-        total += last
-    return total
+    copies: dict[str, int] = {}
+    last = None
+    known = set(weights)
+    for name in names:
+        last = name if name in known else last
+        if last is not None:
+            copies[last] = copies.get(last, 0) + 1
+    return copies
 
 
 @torch.no_grad()

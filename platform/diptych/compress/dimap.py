@@ -26,7 +26,9 @@ Module = Literal["qkv", "prj", "mlp", "aux"]
 NAMES: Mapping[Module, re.Pattern[str]] = {
     "qkv": re.compile(r"(^|\.)(attn\.(in_proj_weight|(qkv|q|k|v|[qkv]_proj|kv)\.weight)|attention\.self\.(query|key|value)\.weight)$"),
     "prj": re.compile(r"(^|\.)(attn\.(out_proj|proj)\.weight|attention\.output\.dense\.weight)$"),
-    "mlp": re.compile(r"(^|\.)(mlp\.(fc1|fc2|fc1_g|fc1_x|w12|w3|c_fc|c_proj)\.weight|intermediate\.dense\.weight|\d+\.output\.dense\.weight)$"),
+    "mlp": re.compile(
+        r"(^|\.)(mlp\.(fc1|fc2|fc1_g|fc1_x|w12|w3|c_fc|c_proj)\.weight|intermediate\.dense\.weight|\d+\.output\.dense\.weight)$"
+    ),
 }
 """Ends of the names of weights: open_clip's own towers, timm's, and text encoders of the BERT family."""
 

@@ -39,11 +39,17 @@ class Config(Calibrated):
     """Rate-distortion pruning, or a baseline that shares the budget out by a rule."""
 
     method: Literal["rd-prune"] = "rd-prune"
-    sparsity: float = Field(0.5, ge=0, lt=1, description="least share of the blocks' weights that is zero afterwards, earlier zeros included")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="least share of the blocks' weights that is zero afterwards, earlier zeros included"
+    )
     rule: Rule = Field("distortion", description="how the budget is shared out; the others are baselines that look at no data")
-    levels: int = Field(20, ge=1, le=1000, description="K: a layer's amounts are 0, 1/K, …, 1; every one costs a pass over the calibration pairs")
+    levels: int = Field(
+        20, ge=1, le=1000, description="K: a layer's amounts are 0, 1/K, …, 1; every one costs a pass over the calibration pairs"
+    )
     worst: bool = Field(False, description="distortion of the worst calibration pair instead of the mean")
-    units: int = Field(1 << 16, ge=100, description="steps of the budget in the dynamic program; a layer's kept weights are rounded up to them")
+    units: int = Field(
+        1 << 16, ge=100, description="steps of the budget in the dynamic program; a layer's kept weights are rounded up to them"
+    )
     calibration_pairs: int = Field(96, ge=1, description="training pairs it looks at, the first by key hash")
 
     def build(self) -> RDPrune:
@@ -209,7 +215,9 @@ def allocate(curves: Curves, sizes: Counts, sparsity: float, gone: Counts | None
         best = least
         choices.append(choice)
     if not np.isfinite(best[budget]):
-        raise ConfigError.at("No amounts of the layers fit into the budget", "sparsity", sparsity, "a larger one", "or take more levels or units")
+        raise ConfigError.at(
+            "No amounts of the layers fit into the budget", "sparsity", sparsity, "a larger one", "or take more levels or units"
+        )
     left, chosen = budget, np.zeros(len(sizes), np.int64)
     for layer in reversed(range(len(sizes))):
         chosen[layer] = choices[layer][left]
@@ -239,21 +247,19 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], sparsity: float) -> NDArray
 def uniform_plus(sizes: Counts, sparsity: float, min_last: float) -> NDArray[np.float64]:
     """The share that each layer loses: none of the first, at most `1 - min_last` of the last, and the same of all the others."""
     goes = sparsity * sizes.sum()
-    amounts = np.full(len(sizes), goes / max(1, sizes[1:].sum()))
-    amounts[0] = 0.0
-    if len(sizes) > 2 and amounts[-1] > 1 - min_last:
-        amounts[-1] = 1 - min_last
-        amounts[1:-1] = (goes - amounts[-1] * sizes[-1]) / sizes[1:-1].sum()
-    return np.minimum(amounts, 1.0)
+    shares: NDArray[np.float64] = np.full(len(sizes), goes / max(1, sizes[1:].sum()))
+    shares[0] = 0.0
+    if len(sizes) > 2 and shares[-1] > 1 - min_last:
+        shares[-1] = 1 - min_last
+        shares[1:-1] = (goes - shares[-1] * sizes[-1]) / sizes[1:-1].sum()
+    return shares.clip(max=1.0)
 
 
 def _features(model: nn.Module, chosen: Sequence[Tower], batches: Sequence[Batch]) -> dict[str, Tensor]:
     return {tower.kind: torch.cat([tower.encode(model, batch) for batch in batches]) for tower in chosen}
 
 
-def from_each_block(
-    model: nn.Module, tower: Tower, batches: Sequence[Batch]
-) -> Iterator[tuple[list[Matrix], Callable[[], Tensor]]]:
+def from_each_block(model: nn.Module, tower: Tower, batches: Sequence[Batch]) -> Iterator[tuple[list[Matrix], Callable[[], Tensor]]]:
     """For every block its matrices, and what gives the tower's features `[N, D]`, computed from that block on."""
     states = [first_inputs(model, tower, batch) for batch in batches]
     blocks = list(tower.blocks.items())

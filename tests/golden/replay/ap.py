@@ -1,6 +1,7 @@
 """AP: thresholds, counts, masks, rewound values and dead-node rates of three rounds on three small networks, in float64.
 
-Biases make the published count larger (see `counted`); the masks of its round follow from that count, so `twice` is on.
+Biases make the published count larger, and the masks follow from it: parity by `official_copies`. The running statistics of the case with
+BatchNorm are not in the file; its dead-node rates are computed with those of a fresh layer, hence their tolerance.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, linear, relu
 
 from diptych.compress.activation import dead_nodes
-from diptych.compress.ap import activate, by_magnitude, counted
+from diptych.compress.ap import by_magnitude, official_activate, official_copies
 
 INPUTS = ("*/x", "*/y", "*/names", "*/init/*", "*/bench_percent", "*/ap_percent", "*/start/*", "*/trained/*")
-TOLERANCE = {"*_threshold": (1e-12, 0.0), "*_dnr": (1e-15, 0.0)}
+TOLERANCE = {"*_threshold": (1e-12, 0.0), "case_1/*_dnr": (0.0, 0.06), "*_dnr": (1e-15, 0.0)}
 
 
 def replay(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -38,10 +39,11 @@ def replay_round(
     names = [str(name) for name in vectors[f"{case}/names"]]
     rates = dead_nodes(outputs_of(trained, torch.from_numpy(vectors[f"{case}/x"]).double()))
     weights = {name: trained[name] for name in before}
-    bench, limit = by_magnitude(weights, before, float(vectors[f"{case}/bench_percent"]))
-    alive = counted({name: trained[name] for name in names}, before, twice=True)
+    copies = official_copies(names, before)
+    bench, limit = by_magnitude(weights, before, float(vectors[f"{case}/bench_percent"]), copies)
+    alive = sum(copies[name] * int(mask.sum()) for name, mask in before.items())
     count = int(alive * int(vectors[f"{case}/ap_percent"]) / 100)
-    after, ap_limit = activate(weights, start, bench, count)
+    after, ap_limit = official_activate(weights, start, bench, count, copies)
     rewound = {name: init[name] * after[name] if name in after else init[name] for name in names}
     found = {
         "dynamic_dnr": np.asarray(rates.dynamic),

@@ -72,7 +72,10 @@ def replay_curves(vectors: Mapping[str, np.ndarray], parameters: Mapping[str, Te
     counts = [[int(level / levels * weight.numel()) for level in range(levels + 1)] for weight in weights]
     return {
         f"curves/dist_{name}": np.stack(
-            [curve(lambda: forward(parameters, x_NCHW), weight, before, removed, worst=worst) for weight, removed in zip(weights, counts, strict=True)]
+            [
+                curve(lambda: forward(parameters, x_NCHW), weight, before, removed, worst=worst)
+                for weight, removed in zip(weights, counts, strict=True)
+            ]
         )
         for name, worst in (("mean", False), ("worst", True))
     }
