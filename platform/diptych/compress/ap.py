@@ -182,7 +182,7 @@ def activate(weights: Mapping[str, Tensor], start: Mapping[str, Tensor], alive: 
     candidates = negative.nonzero()[:, 0]
     goes = candidates[moved[candidates].argsort(stable=True)[:count]]
     kept = torch.cat([alive[name].flatten() for name in weights]).index_fill_(0, goes, False)
-    parts = kept.split([weight.numel() for weight in weights.values()])
+    parts = torch.split_with_sizes(kept, [weight.numel() for weight in weights.values()])
     return {name: part.view_as(weight) for (name, weight), part in zip(weights.items(), parts, strict=True)}
 
 
