@@ -16,7 +16,8 @@ from diptych.compress.adapters import LowRank, Selection, norm_parameters
 from diptych.compress.gblm import Config as OneShot
 from diptych.compress.magnitude import Config as Magnitude
 from diptych.compress.magnitude import masks_of, prunable, sparsity
-from diptych.compress.perp import Config, Pool, infer_masks, rate, select
+from diptych.compress.perp import Config, infer_masks, select
+from diptych.compress.retrain import Pool, rate
 from diptych.core.errors import ConfigError, DataError
 from diptych.models import clip
 from diptych.models.contrastive import contrastive_loss

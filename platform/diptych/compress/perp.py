@@ -1,7 +1,8 @@
 """PERP: after pruning, only biases, norms and low-rank updates that keep the zeros are retrained, or fitted block by block.
 
 Source: Zimmer, Andoni, Spiegel, Pokutta, PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs (arXiv 2312.15230), sections 3 and 4.
-The updates are in `compress/adapters.py`. AdamW without decay; the rate rises over the first tenth of the steps and falls to zero, both linearly.
+The updates are in `compress/adapters.py`. AdamW without decay; the rate rises over the first tenth of the steps and falls to zero, both linearly
+(`compress/retrain.py`).
 
 - `retrain` takes a model that was pruned before it (its masks, or else its exact zeros, say where) and minimises the contrastive loss.
 - `reconstruct` prunes blocks itself, in order: each is fitted to what it gave before it was pruned, on the inputs that pruned and fitted
@@ -12,8 +13,7 @@ For a dual encoder, where the source is silent: the head are the two projections
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,19 +22,15 @@ from torch import Tensor, nn
 
 from diptych.compress import masks
 from diptych.compress.adapters import Form, Selection
-from diptych.compress.blocks import Batch, Inputs, device_of, evaluating, matrices, towers, walk
+from diptych.compress.blocks import Batch, Inputs, evaluating, matrices, towers, walk
 from diptych.compress.calibration import Calibrated, input_norms, required
 from diptych.compress.magnitude import PATTERN, apply_masks, masks_of, prunable, sparsity
-from diptych.core.chance import generator
+from diptych.compress.retrain import Pool, clamp_scale, pair_loss, train
 from diptych.core.errors import ConfigError
-from diptych.models.clip import pad_id
-from diptych.models.contrastive import contrastive_loss
 from diptych.models.store import MASK
 
 HEADS = ("visual.proj", "visual.head.proj.weight", "text_projection", "text_projection.weight", "text.proj.weight")
 """Ends of the names of projections into the shared space: open_clip's own, timm's and Hugging Face's."""
-MAX_LOG_SCALE = math.log(100)
-WARMUP = 0.1
 
 
 class Config(Calibrated):
@@ -118,12 +114,10 @@ class PERP:
         pool = Pool(model, batches, config.calibration_batch, config.seed)
 
         def loss(step: int) -> Tensor:
-            batch = pool.at(step)
-            return contrastive_loss(model.encode_image(batch["image_NCHW"]), model.encode_text(batch["text_NL"]), model.logit_scale.exp())
+            return pair_loss(model, pool.at(step))
 
-        @torch.no_grad()
         def after() -> None:
-            model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+            clamp_scale(model)
             if config.form == "full":
                 apply_masks(model)
 
@@ -190,65 +184,6 @@ def _drop_masks(model: nn.Module, masked: Iterable[str]) -> None:
     for name in masked:
         owner, _, leaf = name.rpartition(".")
         delattr(model.get_submodule(owner), leaf + MASK)
-
-
-def rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate of an update, counted from 0: up over the first tenth, from 0, then down to 0 after the last."""
-    warmup = int(WARMUP * steps)
-    return peak * (step / warmup if step < warmup else (steps - step) / (steps - warmup))
-
-
-def train(
-    parameters: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor], steps: int, peak: float, after: Callable[[], None] | None = None
-) -> list[float]:
-    """Trains by AdamW without decay at `rate`; gives the loss before every update.
-
-    Args:
-        parameters: what is trained.
-        loss_at: the loss of a step, scalar.
-        steps, peak: see `rate`.
-        after: called after every update.
-    """
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
-    losses = []
-    with torch.enable_grad():
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak)
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_at(step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            if after is not None:
-                after()
-    return losses
-
-
-class Pool:
-    """Batches for any number of steps, from calibration pairs held as they were given: every epoch is another order of all pairs.
-
-    Args:
-        model: whose device and padding they are for.
-        batches: `image_NCHW` and `text_NL`, of any sizes.
-        size: pairs a batch; of fewer pairs than that, all.
-        seed: names the orders. The last pairs of an epoch that do not fill a batch are left out of it.
-    """
-
-    def __init__(self, model: Any, batches: Sequence[Batch], size: int, seed: int) -> None:
-        inner = getattr(model, "clip", model)
-        length = max(batch["text_NL"].shape[1] for batch in batches)
-        filler = pad_id(getattr(inner, "text", inner))
-        texts = [nn.functional.pad(batch["text_NL"], (0, length - batch["text_NL"].shape[1]), value=filler) for batch in batches]
-        self.image_NCHW, self.text_NL = torch.cat([batch["image_NCHW"] for batch in batches]), torch.cat(texts)
-        self.size, self.seed, self.device = min(size, len(self.text_NL)), seed, device_of(model)
-
-    def at(self, step: int) -> Batch:
-        """The batch of a step, on the model's device."""
-        epoch, place = divmod(step, len(self.text_NL) // self.size)
-        order = generator(self.seed, "perp", epoch).permutation(len(self.text_NL))
-        chosen = torch.from_numpy(order[place * self.size : (place + 1) * self.size])
-        return {"image_NCHW": self.image_NCHW[chosen].to(self.device), "text_NL": self.text_NL[chosen].to(self.device)}
 
 
 def prune(block: nn.Module, prefix: str, states: Sequence[Inputs], config: Config) -> None:

@@ -13,7 +13,8 @@ from diptych.compress import masks
 from diptych.compress.adapters import Selection
 from diptych.compress.blocks import Inputs, matrices
 from diptych.compress.calibration import input_norms
-from diptych.compress.perp import Config, rate, select, train
+from diptych.compress.perp import Config, select
+from diptych.compress.retrain import rate, train
 
 INPUTS = ("retrain/params/*", "retrain/x", "retrain/y", "retrain/lora_A0/*", "retrain/hyper/*", "prune/params/*", "prune/calib", "*/ratio")
 TOLERANCE = {
