@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import AfterValidator, Field
@@ -65,7 +65,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, name: str, towers: Sequence[Tower] = BOTH) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = cast(Any, model.eval().requires_grad_(False))
         self.name, self.towers = name, tuple(towers)
         self.logit_scale: Tensor = self.model.logit_scale.detach().exp()
         self.digest = _digest(model)
