@@ -13,6 +13,7 @@ from _ranks import run_ranks
 from sharded import Case, on_a_rank
 
 CASES: dict[str, Case] = {
+    "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),
     "cloob-infonce": ({"method": "cloob", "beta": 3.0, "loss": "infonce"}, None),
     "cloob-no-retrieval": ({"method": "cloob", "retrieval": False, "inv_tau": None}, None),

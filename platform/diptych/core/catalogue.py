@@ -46,6 +46,7 @@ TABLE: tuple[Row, ...] = (
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
     Row("adawac", "objective", "diptych.objectives.adawac:Config", "Objective", "AdaWAC (ICML 2023)", "each pair weighs its supervised loss against consistency of two views"),
     Row("cloob", "objective", "diptych.objectives.cloob:Config", "Objective", "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP (NeurIPS 2022)", "compare what a Hopfield network retrieves, a pair left out of its own denominator"),
+    Row("alip", "objective", "diptych.objectives.alip:Config", "Objective", "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption (ICCV 2023)", "raw and synthetic captions, weighed down where picture and captions disagree"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     # compress
