@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from worlds import WIDTH, WORDS, Letters, Vectors
 
 from diptych.core import catalogue
 from diptych.core.points import Encoded, TrainContext
+from diptych.objectives.teacher import Teacher
 
 NAMES = {0: "cat", 1: "dog", 2: "owl", 3: "fox"}
 ROWS = 8
@@ -59,14 +61,12 @@ def built(settings: Settings) -> nn.Module:
 
 def started(settings: Settings, rank: int = 0, world: int = 1, bias: float | None = None) -> tuple[Any, Scaled]:
     """An objective after its `start`, and its model, both in double precision. A teacher's name is overridden by a small world's."""
-    from diptych.objectives.teacher import Teacher
-
-    Teacher.named = classmethod(lambda cls, name, *_, **__: cls(Scaled(seed=9, scale=6.0).double(), name))  # type: ignore[method-assign,assignment]
     torch.manual_seed(0)
     model = Scaled(bias=bias).double()
     objective: Any = built(settings)
     if hasattr(objective, "start"):
-        objective.start(context(model, rank, world))
+        with mock.patch.object(Teacher, "named", lambda name, *_, **__: Teacher(Scaled(seed=9, scale=6.0).double(), name)):
+            objective.start(context(model, rank, world))
     return objective.double(), model
 
 

@@ -14,6 +14,10 @@ from sharded import Case, on_a_rank
 
 CASES: dict[str, Case] = {
     "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
+    "distillation": ({"method": "distillation", "teacher": ".", "temperature": 2.0}, None),
+    "distillation-features": ({"method": "distillation", "teacher": ".", "features": 10.0, "contrastive": 0.0}, None),
+    "siglip": ({"method": "siglip", "bias": -2.0}, None),
+    "siglip-own-bias": ({"method": "siglip"}, -2.0),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),
     "cloob-infonce": ({"method": "cloob", "beta": 3.0, "loss": "infonce"}, None),
     "cloob-no-retrieval": ({"method": "cloob", "retrieval": False, "inv_tau": None}, None),

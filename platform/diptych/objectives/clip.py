@@ -73,10 +73,11 @@ def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_l
 
     The gradient of `logit_scale` is right in all four.
     """
-    return _loss(clip_logits(image_ND, text_ND, logit_scale, local_loss=local_loss, gather_with_grad=gather_with_grad))
+    return symmetric_loss(clip_logits(image_ND, text_ND, logit_scale, local_loss=local_loss, gather_with_grad=gather_with_grad))
 
 
-def _loss(logits: Logits) -> Tensor:
+def symmetric_loss(logits: Logits) -> Tensor:
+    """The mean of both cross-entropies."""
     return (cross_entropy(logits.image, logits.label_n) + cross_entropy(logits.text, logits.label_n)) / 2
 
 
@@ -117,7 +118,7 @@ class Clip(nn.Module):
             gather_with_grad=self.gather_with_grad,
         )
         hit = logits.image.detach().argmax(dim=1) == logits.label_n
-        return {"loss": _loss(logits), "accuracy": hit.float().mean()}
+        return {"loss": symmetric_loss(logits), "accuracy": hit.float().mean()}
 
     def sampled_loss(self, encoded: Encoded, generator: torch.Generator) -> tuple[Tensor, int]:
         """The loss against partners drawn from the model's own softmaxes, and their number: two a pair of the global batch.
