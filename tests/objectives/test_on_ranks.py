@@ -16,6 +16,12 @@ CASES: dict[str, Case] = {
     "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
     "distillation": ({"method": "distillation", "teacher": ".", "temperature": 2.0}, None),
     "distillation-features": ({"method": "distillation", "teacher": ".", "features": 10.0, "contrastive": 0.0}, None),
+    "m2-mix": ({"method": "m2-mix", "tau": None, "tau2": 0.2, "multimodal": 0.5}, None),
+    "m3-mix": ({"method": "m2-mix", "tau": 0.2, "tau2": None, "visual": 0.3, "language": 0.4, "joint": 0.6}, None),
+    "m3-mix-original": (
+        {"method": "m2-mix", "tau": 0.2, "multimodal": 0.0, "visual": 0.3, "language": 0.4, "original_negatives": True},
+        None,
+    ),
     "siglip": ({"method": "siglip", "bias": -2.0}, None),
     "siglip-own-bias": ({"method": "siglip"}, -2.0),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),
