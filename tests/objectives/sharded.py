@@ -9,10 +9,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from worlds import WIDTH, WORDS, Letters, Vectors
+from worlds import WIDTH, WORDS, Vectors
 
 from diptych.core import catalogue
 from diptych.core.points import Encoded, TrainContext
+from diptych.models.tokenizer import Tokenizer
 from diptych.objectives.teacher import Teacher
 
 NAMES = {0: "cat", 1: "dog", 2: "owl", 3: "fox"}
@@ -23,16 +24,19 @@ Case = tuple[Settings, float | None]
 
 
 class Scaled(Vectors):
-    """The encoder of vectors with a logit scale, and a bias if asked for."""
+    """The encoder of vectors with a logit scale, and a bias if asked for; it takes CLIP's tokens, of which many share a row."""
 
     def __init__(self, seed: int = 0, scale: float = 4.0, bias: float | None = None) -> None:
         super().__init__(seed)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
+    def encode_text(self, text_NL: Tensor, normalize: bool = True) -> Tensor:
+        return super().encode_text(torch.where(text_NL > 0, 1 + text_NL % (WORDS - 1), 0), normalize)
+
 
 def context(model: nn.Module, rank: int = 0, world: int = 1) -> TrainContext:
-    return TrainContext(model, Letters(), rows=40, class_names=NAMES, total_steps=10, rank=rank, world=world, seed=3)
+    return TrainContext(model, Tokenizer(16), rows=40, class_names=NAMES, total_steps=10, rank=rank, world=world, seed=3)
 
 
 def batch(rows: int = ROWS, seed: int = 0) -> dict[str, Tensor]:

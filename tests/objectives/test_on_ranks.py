@@ -16,6 +16,13 @@ CASES: dict[str, Case] = {
     "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
     "distillation": ({"method": "distillation", "teacher": ".", "temperature": 2.0}, None),
     "distillation-features": ({"method": "distillation", "teacher": ".", "features": 10.0, "contrastive": 0.0}, None),
+    "vr-lwf": ({"method": "vr-lwf", "sentences": 20, "words": 3}, None),
+    "vr-lwf-later": (
+        {"method": "vr-lwf", "replay": ["vocabulary", "classes"], "earlier": ["bee", "elk"], "sentences": 20, "words": 3},
+        None,
+    ),
+    "lwf": ({"method": "vr-lwf", "replay": ["classes"], "teacher": "."}, None),
+    "vr-lwf-zscl": ({"method": "vr-lwf", "variant": "zscl", "sentences": 20, "words": 3}, None),
     "m2-mix": ({"method": "m2-mix", "tau": None, "tau2": 0.2, "multimodal": 0.5}, None),
     "m3-mix": ({"method": "m2-mix", "tau": 0.2, "tau2": None, "visual": 0.3, "language": 0.4, "joint": 0.6}, None),
     "m3-mix-original": (
