@@ -46,7 +46,7 @@ class Config(BaseConfig):
 
 def distances(image_ND: Features, text_ND: Features) -> Floats:
     """Squared distance of every picture from its own text, float64 `[N]`; their mean is the alignment, the less the better."""
-    return np.square(image_ND.astype(np.float64) - text_ND).sum(axis=1)
+    return np.asarray(np.square(image_ND.astype(np.float64) - text_ND).sum(axis=1))
 
 
 def relative_distances(image_ND: Features, text_ND: Features) -> Floats:
@@ -56,7 +56,7 @@ def relative_distances(image_ND: Features, text_ND: Features) -> Floats:
         apart = _squared_distances(image_ND[part], text_ND)
         apart[np.arange(len(apart)), np.arange(part.start, part.start + len(apart))] = np.inf
         nearest.append(apart.min(axis=1))
-    return distances(image_ND, text_ND) - np.concatenate(nearest)
+    return np.asarray(distances(image_ND, text_ND) - np.concatenate(nearest))
 
 
 def potentials(feature_MD: Features) -> Floats:

@@ -92,12 +92,12 @@ def zscl_losses(
     and by sentence, among the pictures of all ranks (`text`). One scale, the teacher's, serves all.
     """
     all_was_ND, all_now_ND = gather(teacher.image_ND, with_grad=False), gather(student.image_ND, with_grad=True)
-    by_sentence = [scale * teacher.pseudo_PD @ all_ND.T for all_ND in (all_was_ND, all_now_ND)]
+    was_PN, now_PN = (scale * teacher.pseudo_PD @ all_ND.T for all_ND in (all_was_ND, all_now_ND))
     was_NP, now_NP = (scale * image_ND @ teacher.pseudo_PD.T for image_ND in (teacher.image_ND, student.image_ND))
     return {
         "supervised": supervised_loss(scale * student.image_ND @ student.class_CD.T, label_N, smoothing),
         "image": soft_cross_entropy(was_NP, now_NP, temperature),
-        "text": soft_cross_entropy(*by_sentence, temperature),
+        "text": soft_cross_entropy(was_PN, now_PN, temperature),
     }
 
 
