@@ -59,11 +59,11 @@ def pairs(pairs_of: Callable[..., pl.DataFrame]) -> pl.DataFrame:
     return pairs_of(keys, [["x"]] * 6, label=label, label_name=[f"class {each}" for each in label])
 
 
-def measured(pairs: pl.DataFrame, monkeypatch: pytest.MonkeyPatch, knows: Sequence[Sequence[int]]) -> dict[str, float]:
+def measured(pairs: pl.DataFrame, monkeypatch: pytest.MonkeyPatch, knows: Sequence[Sequence[int]], **settings: Any) -> dict[str, float]:
     earlier = {f"session{number}": Session(known) for number, known in enumerate(knows[:-1])}
     monkeypatch.setattr(forgetting.clip, "load", lambda folder: earlier[folder.name])
     monkeypatch.setattr(forgetting, "ModelEncoder", lambda model, _: model)
-    benchmark = Config(earlier=tuple(earlier), templates=("{}",)).build()
+    benchmark = Config(earlier=tuple(earlier), templates=("{}",), **settings).build()
     return {row.metric: row.value for row in benchmark.run(Session(knows[-1]), pairs, "set", seed=0)}
 
 
@@ -76,6 +76,11 @@ def test_what_four_sessions_leave(pairs: pl.DataFrame, monkeypatch: pytest.Monke
     rows = measured(pairs, monkeypatch, [[0], [0, 1], [1], [0, 2, 3]])
     assert rows["bwt"] == pytest.approx((0 - 1 + 1) / 4), "the third session's own class was learnt afterwards"
     assert [rows[f"phase{number}"] for number in range(4)] == [1, 0, 1, 1]
+
+
+def test_what_untrained_classes_lose(pairs: pl.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measured(pairs, monkeypatch, [[0, 1, 2], [0], [1, 3]], untrained=True)
+    assert rows == {"acc": pytest.approx(0.5), "change": pytest.approx(-0.25)}
 
 
 def test_what_cannot_be_measured_is_refused(

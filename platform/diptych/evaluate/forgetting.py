@@ -64,6 +64,8 @@ class Config(Classified):
     method: Literal["forgetting"] = "forgetting"
     earlier: tuple[str, ...] = Field(min_length=1, description="directories of the models after the earlier sessions, in order")
 
+    untrained: bool = Field(False, description="the set's classes are of no session: how they changed since the first model is measured")
+
     def build(self) -> Forgetting:
         """The benchmark."""
         return Forgetting(self)
@@ -78,6 +80,8 @@ class Forgetting:
     def run(self, encoder: Encoder, pairs: pl.DataFrame, name: str, seed: int) -> list[Metric]:
         """The rows `acc`: mean accuracy of all classes, `phase0`, …: that of each session's classes, and `bwt`: backward transfer.
 
+        Of untrained classes `acc` and `change`: that less the accuracy of the first model.
+
         Raises DataError for pairs without classes, for a class without pictures, and for an encoder that cannot read pictures for another
         model; ConfigError if the classes do not divide by the sessions.
         """
@@ -85,21 +89,24 @@ class Forgetting:
         sessions, classes = len(self.config.earlier) + 1, len(known.names)
         if missing := sorted(set(range(classes)) - set(known.label_N.tolist())):
             raise DataError.at("A class has no pictures to test", "label_name", known.names[missing[0]], f"some in {self.config.split}")
-        encoders = [*(self._beside(encoder, directory) for directory in self.config.earlier), encoder]
+        earlier = self.config.earlier[:1] if self.config.untrained else self.config.earlier
+        encoders = [*(self._beside(encoder, directory) for directory in earlier), encoder]
         hit_KN = np.stack([self._hits(each, rows, known) for each in encoders])
         count_C = np.bincount(known.label_N, minlength=classes)
         class_KC = np.stack([np.bincount(known.label_N, weights=hit_N, minlength=classes) / count_C for hit_N in hit_KN])
+        settings = {**self.config.settings(encoder, known.names), "sessions": sessions}
+        make, weight_N = Rows(name, TASK, rows["key"].to_list(), seed, settings), zero_shot.class_weights(known.label_N)
+        now = make.mean("acc", hit_KN[-1], weight_N)
+        if self.config.untrained:
+            return [now, make.mean("change", hit_KN[-1] - hit_KN[0], weight_N)]
         matrix_KK = phase_matrix(class_KC, sessions)
         phase_N = known.label_N // (classes // sessions)
-        settings = {**self.config.settings(encoder, known.names), "sessions": sessions}
-        make = Rows(name, TASK, rows["key"].to_list(), seed, settings)
-        weight_N = zero_shot.class_weights(known.label_N)
-        now = [self._phase(phase, hit_KN[-1], phase_N, weight_N, rows, make) for phase in range(sessions)]
+        phases = [self._phase(phase, hit_KN[-1], phase_N, weight_N, rows, make) for phase in range(sessions)]
         # Transfer as a mean over pictures: what each picture of an earlier session gained since, as a share of all sessions.
         gain_N = np.where(phase_N < sessions - 1, hit_KN[-1] - hit_KN[phase_N, np.arange(len(phase_N))], 0.0)
         transfer = make.mean("bwt", gain_N, weight_N)
         assert abs(transfer.value - backward_transfer(matrix_KK)[-1]) < 1e-6
-        return [make.mean("acc", hit_KN[-1], weight_N), *now, transfer]
+        return [now, *phases, transfer]
 
     def _hits(self, encoder: Encoder, rows: pl.DataFrame, known: zero_shot.Classes) -> Floats:
         cosine_NC = cosines(encoder.images(rows), self.config.classifier(encoder, known.names))
