@@ -1,4 +1,4 @@
-"""Puts this folder and that of `_ranks` (real gloo processes) on the path, here and in the processes that it starts."""
+"""Puts this folder, that of `_ranks` (real gloo processes) and that of `tiny` on the path, here and in the processes that are started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-for folder in (HERE, HERE.parent / "golden"):
+for folder in (HERE, HERE.parent / "golden", HERE.parent / "train"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

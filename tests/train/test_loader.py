@@ -291,6 +291,48 @@ def test_further_captions_are_others_of_the_pair(caption: str) -> None:
     assert seconds == ({-1, 0, 1, 2} if caption == "uniform" else {-1, 1, 2})
 
 
+def with_synthetic(frame: pl.DataFrame, rows: pl.Expr) -> pl.DataFrame:
+    """Two synthetic captions of two methods, and a rewrite, for some rows."""
+    dtype = frame.schema["captions"]
+    more = [("made up by one", "synthetic:one"), ("made up by two", "synthetic:two"), ("said again", "rewrite:x")]
+    lit = pl.lit([{"text": text, "source": source, "score": None} for text, source in more], dtype=dtype)
+    return frame.with_columns(captions=pl.when(rows).then(pl.concat_list(lit, "captions")).otherwise(pl.col("captions")))
+
+
+def test_captions_of_a_source_come_beside_the_pairs_own() -> None:
+    frame, reader = drawings(40)
+    spy, synthetic, own = Spy(), {"made up by one", "made up by two"}, set()
+    ours = loader(with_synthetic(frame, pl.lit(True)), reader, tokenizer=spy, wants=Wants(sources=("synthetic",)), batch_size=40)
+    kinds: list[tuple[str, ...]] = []
+    for step in range(2):
+        spy.seen.clear()
+        batch = ours.batch(step).tensors
+        assert batch["synthetic_NL"].shape[0] == 40
+        texts, made_up = spy.seen
+        assert set(made_up) == synthetic
+        assert not set(texts) & synthetic
+        own |= {text.split()[0] for text in texts}
+        order = batch["row_N"].argsort().tolist()
+        kinds.append(tuple(made_up[place] for place in order))
+    assert own == {"a", "number", "said"}, "the others are drawn from as ever"
+    assert kinds[0] != kinds[1], "drawn anew each visit"
+    halves = [loader(with_synthetic(frame, pl.lit(True)), reader, rank=r, world=2, wants=Wants(sources=("synthetic",))) for r in (0, 1)]
+    whole = loader(with_synthetic(frame, pl.lit(True)), reader, wants=Wants(sources=("synthetic",))).batch(1).tensors
+    assert torch.equal(torch.cat([half.batch(1).tensors["synthetic_NL"] for half in halves]), whole["synthetic_NL"])
+    first = loader(with_synthetic(frame, pl.lit(True)), reader, tokenizer=spy, wants=Wants(sources=("synthetic",)), caption="first")
+    spy.seen.clear()
+    first.batch(0)
+    assert set(spy.seen[0]) == {"said again"}
+
+
+def test_pairs_without_the_kind_of_caption_are_refused() -> None:
+    frame, reader = drawings(16)
+    with pytest.raises(DataError, match="pair-3 and 12 more"):
+        loader(with_synthetic(frame, pl.int_range(16) < 3), reader, wants=Wants(sources=("synthetic",)))
+    with pytest.raises(DataError, match="not of the source alt"):
+        loader(frame, reader, wants=Wants(sources=("alt",)))
+
+
 def test_what_is_not_there_cannot_be_wanted() -> None:
     frame, reader = drawings(16)
     for wants, message in (

@@ -45,6 +45,12 @@ TABLE: tuple[Row, ...] = (
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
     Row("adawac", "objective", "diptych.objectives.adawac:Config", "Objective", "AdaWAC (ICML 2023)", "each pair weighs its supervised loss against consistency of two views"),
+    Row("cloob", "objective", "diptych.objectives.cloob:Config", "Objective", "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP (NeurIPS 2022)", "compare what a Hopfield network retrieves, a pair left out of its own denominator"),
+    Row("alip", "objective", "diptych.objectives.alip:Config", "Objective", "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption (ICCV 2023)", "raw and synthetic captions, weighed down where picture and captions disagree"),
+    Row("siglip", "objective", "diptych.objectives.siglip:Config", "Objective", "Sigmoid Loss for Language Image Pre-Training (ICCV 2023)", "a yes-or-no question for every combination of picture and text"),
+    Row("distillation", "objective", "diptych.objectives.distillation:Config", "Objective", "CLIP-KD (CVPR 2024)", "learn the similarities, or the features, of a frozen teacher"),
+    Row("m2-mix", "objective", "diptych.objectives.m2_mix:Config", "Objective", "Geodesic Multi-Modal Mixup for Robust Fine-Tuning (NeurIPS 2023)", "hard negatives on the great circle between a picture and its caption"),
+    Row("vr-lwf", "objective", "diptych.objectives.vr_lwf:Config", "Objective", "Don't Stop Learning: Towards Continual Learning for the CLIP Model (2022)", "new classes, while similarities to random sentences stay as they were"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     # compress
@@ -72,6 +78,8 @@ TABLE: tuple[Row, ...] = (
     Row("straggler-sharpness", "evaluate", "diptych.adapt.straggler_sharpness:Config", "Benchmark", "In Search of the Successful Interpolation (2024)", "accuracy, sharpness and unstable layers on the way from zero-shot"),
     Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
     Row("contrastive-loss", "evaluate", "diptych.evaluate.contrastive_loss:Config", "Benchmark", "CLIP (2021)", "the loss on pairs that were not trained on"),
+    Row("alignment", "evaluate", "diptych.evaluate.alignment:Config", "Benchmark", "Alignment and Uniformity on the Hypersphere (ICML 2020)", "how close pairs lie, how evenly all spread, how far the modalities are apart"),
+    Row("forgetting", "evaluate", "diptych.evaluate.forgetting:Config", "Benchmark", "Don't Stop Learning: Towards Continual Learning for the CLIP Model (2022)", "accuracy and backward transfer after several sessions of training"),
     # adapters of few-shot
     Row("gda", "adapter", "diptych.adapt.gda:Config", "Adapter", "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation (ICLR 2024)", "class means and one shared covariance beside the zero-shot head"),
     Row("adanpc", "adapter", "diptych.adapt.adanpc:Config", "Adapter", "AdaNPC (ICML 2023)", "a vote of nearest memories that learns from the stream"),

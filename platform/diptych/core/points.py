@@ -129,12 +129,15 @@ class Wants:
         views: recipes (`train/views.py`, e.g. `"weak"`, `"strong"`) of further augmented pictures of each pair: `view0_NCHW`, …, uint8.
         columns: numbers of the pair table, delivered as `<column>_N`: integers as int64 with -1 for null, floats as float32 with NaN.
         captions: further captions of each pair, `text1_NL`, …: others than the first and each other as far as the pair has as many.
+        sources: kinds of captions, e.g. `"synthetic"`, of each of which one is delivered beside as `<source>_NL`: one whose source is
+            that or begins with it and a colon. The pair's own captions above are then drawn from those of no such source.
         encodes: the towers whose features it reads from `Encoded`.
     """
 
     views: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     captions: int = 0
+    sources: tuple[str, ...] = ()
     encodes: tuple[Tower, ...] = ("image", "text")
 
     @classmethod

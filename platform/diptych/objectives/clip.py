@@ -20,7 +20,7 @@ from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Encoded
 from diptych.models.contrastive import symmetric_cross_entropy
-from diptych.objectives.gather import gather, rank, world_size
+from diptych.objectives.gather import gather, put_back, rank, world_size
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -55,16 +55,9 @@ def clip_logits(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local
         label_n = torch.arange(n, device=image_ND.device) + n * rank()
         return Logits(logit_scale * image_ND @ all_text.T, logit_scale * text_ND @ all_image.T, label_n)
     if ranks > 1 and not gather_with_grad:
-        all_image, all_text = _put_back(all_image, image_ND), _put_back(all_text, text_ND)
+        all_image, all_text = put_back(all_image, image_ND), put_back(all_text, text_ND)
     logits = logit_scale * all_image @ all_text.T
     return Logits(logits, logits.T, torch.arange(len(logits), device=logits.device))
-
-
-def _put_back(all_ND: Tensor, own_ND: Tensor) -> Tensor:
-    """Replaces this rank's rows of a gathered constant by the features that carry gradient."""
-    shards = list(torch.split(all_ND, len(own_ND)))
-    shards[rank()] = own_ND
-    return torch.cat(shards)
 
 
 def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_loss: bool = True, gather_with_grad: bool = True) -> Tensor:
@@ -81,10 +74,11 @@ def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_l
 
     The gradient of `logit_scale` is right in all four.
     """
-    return _loss(clip_logits(image_ND, text_ND, logit_scale, local_loss=local_loss, gather_with_grad=gather_with_grad))
+    return symmetric_loss(clip_logits(image_ND, text_ND, logit_scale, local_loss=local_loss, gather_with_grad=gather_with_grad))
 
 
-def _loss(logits: Logits) -> Tensor:
+def symmetric_loss(logits: Logits) -> Tensor:
+    """The mean of both cross-entropies."""
     return symmetric_cross_entropy(logits.image, logits.text, logits.label_n)
 
 
@@ -125,7 +119,7 @@ class Clip(nn.Module):
             gather_with_grad=self.gather_with_grad,
         )
         hit = logits.image.detach().argmax(dim=1) == logits.label_n
-        return {"loss": _loss(logits), "accuracy": hit.float().mean()}
+        return {"loss": symmetric_loss(logits), "accuracy": hit.float().mean()}
 
     def sampled_loss(self, encoded: Encoded, generator: torch.Generator) -> tuple[Tensor, int]:
         """The loss against partners drawn from the model's own softmaxes, and their number: two a pair of the global batch.

@@ -48,6 +48,15 @@ def gather(features_ND: Tensor, *, with_grad: bool) -> Tensor:
     return _all_gather(features_ND.detach())
 
 
+def put_back(all_ND: Tensor, own_ND: Tensor) -> Tensor:
+    """Replaces this rank's rows of a gathered constant `[W * N, D]` by the features `[N, D]` that carry gradient."""
+    if world_size() == 1:
+        return own_ND
+    shards = list(torch.split(all_ND, len(own_ND)))
+    shards[rank()] = own_ND
+    return torch.cat(shards)
+
+
 def _require_equal_rows(features_ND: Tensor) -> None:
     own = torch.tensor([features_ND.shape[0]], dtype=torch.int64, device=features_ND.device)
     rows = _all_gather(own).tolist()

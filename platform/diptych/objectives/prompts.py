@@ -59,11 +59,14 @@ class ClassPrompts(nn.Module):
         """The classes' features `[C, D]` of unit norm: the mean over the templates. A text tower that is frozen is asked once."""
         if self._constant is not None:
             return self._constant
-        feature_PD = encoded.encode_text(self.token_PL)
-        weight_CD = normalize(feature_PD.view(len(self), self.templates, -1).mean(dim=1), dim=-1)
+        weight_CD = self.weights_of(encoded.encode_text(self.token_PL))
         if torch.is_grad_enabled() and not weight_CD.requires_grad:
             self._constant = weight_CD
         return weight_CD
+
+    def weights_of(self, feature_PD: Tensor) -> Tensor:
+        """The classes' features `[C, D]` from those of the prompts, unit norm: the mean over the templates."""
+        return normalize(feature_PD.view(len(self), self.templates, -1).mean(dim=1), dim=-1)
 
     def classes(self, label_N: Tensor) -> Tensor:
         """Labels as rows of `weights`, int64 `[N]`; -1 stays -1."""

@@ -37,7 +37,9 @@ class TrainConfig(Config):
     )
     tags: bool = Field(default=False, description="draw from captions of the source `tag` too; false: only for pairs that have no other")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="what happens to a picture on each visit")
-    freeze: Literal["none", "image", "text"] = Field(default="none", description="a tower that keeps its weights; best with `init`")
+    freeze: Literal["none", "image", "text"] = Field(
+        default="none", description="a tower that keeps its weights; best with `init`; image: LiT"
+    )
     labelled: float | None = Field(
         default=None, gt=0, lt=1, description="share of a batch drawn from pairs with a label, the rest from those without; null: all alike"
     )

@@ -113,7 +113,7 @@ class PairLoader:
         self.config, self.seed, self.rank, self.world, self.wants = config, seed, rank, world, wants
         self.reader, self.tokenizer, self.image_size = reader, tokenizer, image_size
         self.recipes = [Recipe(config.augment), *(recipe(name, config.augment) for name in wants.views)]
-        self.table = _Table(frame, wants.columns)
+        self.table = _Table(frame, wants)
         self.order = _order(frame, config, seed)
         self._cache: dict[int, Pixels] | None = {} if self.table.pixels * 4 <= config.cache_bytes else None
 
@@ -164,9 +164,11 @@ class PairLoader:
         visit = self._visit(rows_N, step)
         image_NCHW, *views = self._images(rows_N, visit)
         text_NL, *texts = (self.tokenizer.encode_cut(texts) for texts in self._texts(rows_N, visit))
+        kinds = {name: self.tokenizer.encode_cut(self._texts_of(name, rows_N, visit)) for name in self.wants.sources}
         arrays: dict[str, NDArray[Any]] = {"image_NCHW": image_NCHW, "text_NL": text_NL, "row_N": rows_N}
         arrays |= {f"view{index}_NCHW": view for index, view in enumerate(views)}
         arrays |= {f"text{index}_NL": text for index, text in enumerate(texts, start=1)}
+        arrays |= {f"{name}_NL": kind_NL for name, kind_NL in kinds.items()}
         arrays |= {f"{name}_N": value_N[rows_N] for name, value_N in self.table.columns.items()}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Batch(tensors, visit.read_s, time.perf_counter() - started - visit.read_s)
@@ -229,14 +231,20 @@ class PairLoader:
 
     def _texts(self, rows_N: NDArray[np.int64], visit: _Visit) -> list[list[str]]:
         """The caption of each pair that this visit trains on, and then the further ones."""
-        table, choice_N = self.table, np.zeros(len(rows_N), dtype=np.int64)
-        first_N, count_N = table.first_caption_N[rows_N], table.caption_count_N[rows_N]
-        first = table.texts.gather(first_N).to_list()
+        own, choice_N = self.table.own, np.zeros(len(rows_N), dtype=np.int64)
+        count_N = own.count_N[rows_N]
+        first = own.of(rows_N, choice_N)
         if self.config.caption == "uniform":
             choice_N = captions.draws(self.seed, visit.epoch, visit.key_N, count_N, self.config.original)
         choices = [choice_N, *captions.others(self.seed, visit.epoch, visit.key_N, count_N, choice_N, self.wants.captions)]
-        chosen = [table.texts.gather(first_N + choice_N).to_list() for choice_N in choices]
+        chosen = [own.of(rows_N, choice_N) for choice_N in choices]
         return [[captions.choose_caption(pair, 1) for pair in zip(first, texts, strict=True)] for texts in chosen]
+
+    def _texts_of(self, source: str, rows_N: NDArray[np.int64], visit: _Visit) -> list[str]:
+        """A caption of each pair from one source, drawn anew each visit."""
+        kind = self.table.kinds[source]
+        draw = int(chance.mix(self.seed, chance.key_hash(source)))
+        return kind.of(rows_N, captions.draws(draw, visit.epoch, visit.key_N, kind.count_N[rows_N]))
 
 
 def _order(frame: pl.DataFrame, config: TrainConfig, seed: int) -> BatchOrder | MixedOrder:
@@ -247,20 +255,33 @@ def _order(frame: pl.DataFrame, config: TrainConfig, seed: int) -> BatchOrder | 
     return MixedOrder(frame["label"].is_not_null().to_numpy(), config.batch_size, config.labelled, seed)
 
 
+class _Captions:
+    """Captions of every row, laid end to end: `count_N` of each, int64."""
+
+    def __init__(self, lists: pl.Series) -> None:
+        self.count_N = lists.list.len().cast(pl.Int64).to_numpy()
+        self._first_N = np.cumsum(self.count_N) - self.count_N
+        self._texts = lists.filter(lists.list.len() > 0).explode().struct.field("text")
+
+    def of(self, rows_N: NDArray[np.int64], choice_N: NDArray[np.int64]) -> list[str]:
+        """The chosen caption of some rows."""
+        texts: list[str] = self._texts.gather(self._first_N[rows_N] + choice_N).to_list()
+        return texts
+
+
 class _Table:
     """The columns of the pair table in the form that batches are made from; keys and captions stay in polars."""
 
-    def __init__(self, frame: pl.DataFrame, columns: Sequence[str]) -> None:
+    def __init__(self, frame: pl.DataFrame, wants: Wants) -> None:
         image = frame["image"].struct.unnest()
         _refuse_nulls(frame["key"], image, frame["captions"])
         self.keys, self.shards = frame["key"], image["shard"].cast(pl.Categorical)
         self.offset_N, self.size_N = image["offset"].to_numpy(), image["size"].to_numpy()
         self.width_N, self.height_N = image["width"].cast(pl.Int64).to_numpy(), image["height"].cast(pl.Int64).to_numpy()
         self.hash_N = chance.key_hashes(frame["key"])
-        self.caption_count_N = frame["captions"].list.len().cast(pl.Int64).to_numpy()
-        self.first_caption_N = np.cumsum(self.caption_count_N) - self.caption_count_N
-        self.texts = frame["captions"].explode().struct.field("text")
-        self.columns = {name: _numbers(frame, name) for name in columns}
+        self.kinds = {name: _Captions(_of_sources(frame, (name,))) for name in wants.sources}
+        self.own = _Captions(_of_sources(frame, wants.sources, others=True) if wants.sources else frame["captions"])
+        self.columns = {name: _numbers(frame, name) for name in wants.columns}
 
     @property
     def pixels(self) -> int:
@@ -291,6 +312,20 @@ def _refuse_nulls(keys: pl.Series, image: pl.DataFrame, caption_lists: pl.Series
     ]
     if problems:
         raise DataError("Pairs without a picture or a caption cannot be trained on", problems)
+
+
+def _of_sources(frame: pl.DataFrame, sources: Sequence[str], others: bool = False) -> pl.Series:
+    """The captions of these sources, or all but those. Raises DataError for a pair that has none."""
+    source = pl.element().struct.field("source")
+    of_these = pl.any_horizontal(*((source == name) | source.str.starts_with(f"{name}:") for name in sources))
+    found = frame.select(pl.col("captions").list.filter(~of_these if others else of_these)).to_series()
+    if (bare := found.list.len() == 0).any():
+        names = ", ".join(sources)
+        expected = f"a caption that is not of the source {names}" if others else f"a caption of the source {names}"
+        where = f"{frame['key'][int(bare.arg_max() or 0)]} and {int(bare.sum()) - 1} more"
+        fix = "let the caption phase write them, or reject the pairs without"
+        raise DataError.at("Pairs lack a kind of caption that the objective wants", where, "none", expected, fix)
+    return found
 
 
 def _numbers(frame: pl.DataFrame, name: str) -> NDArray[Any]:

@@ -31,7 +31,7 @@ from diptych.workflow import identity
 from diptych.workflow.methods import Checks, ingest, source, source_files
 
 NAMED = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
-CLASSIFY = frozenset({"zero-shot", "few-shot", "holistic-robustness", "corruption-robustness", "straggler-sharpness"})
+CLASSIFY = frozenset({"zero-shot", "few-shot", "forgetting", "holistic-robustness", "corruption-robustness", "straggler-sharpness"})
 
 
 class _Skeleton(Config):

@@ -227,3 +227,29 @@ def test_wrong_configurations_are_refused() -> None:
     ):
         with pytest.raises(ConfigError):
             Config.parse({**FEW, **wrong})
+
+
+def test_a_share_of_texts_is_another_pictures() -> None:
+    pairs = read(train=400, mismatched=0.5, synthetic=0.25)
+    train, test = of(pairs, "train"), of(pairs, "test")
+    said = [pair.captions[0] == (caption(seen(pair)), "alt") for pair in train]
+    assert said == [pair.extra["meta.intact"] == 1 for pair in train]
+    assert 0.4 < sum(said) / 400 < 0.6
+    whole = [pair.captions[0] for pair in of(read(train=400), "train")]
+    assert [pair.captions[0] for pair in train] != whole
+    assert [pixels(pair).tolist() for pair in train[:5]] == [pixels(pair).tolist() for pair in of(read(train=400), "train")[:5]]
+    assert all(pair.captions == [(caption(seen(pair)), "alt")] and "meta.intact" not in pair.extra for pair in test)
+
+
+def test_a_captioner_says_little_and_errs_at_times() -> None:
+    right = 0
+    for pair in of(read(train=400, synthetic=0.25), "train"):
+        (text, source), words = pair.captions[1], seen(pair)
+        assert source == "synthetic:shapes"
+        assert text.split()[-1] in {"circle", "square", "triangle", "diamond", "cross", "star"}
+        right += text in (f"a {words.colour} {words.shape}", f"a photo of the {words.shape}")
+    assert 0.68 < right / 400 < 0.82
+    exact = of(read(synthetic=0.0), "train")
+    assert all(seen(pair).shape in pair.captions[1][0] for pair in exact)
+    with pytest.raises(ConfigError, match="no captioner"):
+        read(classes="look-alike", synthetic=0.1)

@@ -45,7 +45,7 @@ from diptych.pairs.sources.shapes_draw import (
     render,
     silhouette,
 )
-from diptych.pairs.sources.shapes_words import EDITS, PATTERNED, WORDINGS, Edit, Seen, caption, replaced
+from diptych.pairs.sources.shapes_words import EDITS, PATTERNED, WORDINGS, Edit, Seen, caption, described, replaced
 
 __all__ = ["Config", "Look", "Seen", "Shapes", "caption", "render", "silhouette"]
 
@@ -127,6 +127,15 @@ class Config(BaseConfig):
         ge=1,
         description="pictures a class of `train` that keep label and text; the others get null and a bare text; null: all keep them",
     )
+    mismatched: float = Field(
+        0.0, ge=0, lt=1, description="share of `train` whose text is another picture's; `meta.intact` is 0 there and 1 elsewhere"
+    )
+    synthetic: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of errors of a short caption, source `synthetic:shapes`, that `train` gets beside; null: no such",
+    )
     foils: bool = Field(
         False, description="add `meta.foil`, the text with one word replaced by another word of `train`, and `meta.foil_word`"
     )
@@ -162,6 +171,8 @@ class Config(BaseConfig):
             raise ValueError(f"labels_per_class: {classes} classes need {self.labels_per_class * classes} pictures in train")
         if self.foils and self.classes == "look-alike":
             raise ValueError("foils: texts of look-alike classes have no words to replace")
+        if self.synthetic is not None and self.classes == "look-alike":
+            raise ValueError("synthetic: look-alike classes have hues that no captioner has words for")
         if self.edits and (self.classes == "look-alike" or min(map(len, _words(self.look(ORIGINALS)).values())) < 2):
             raise ValueError(f"edits: whatever is told of {ORIGINALS} must have two words or more")
         unpaired = [split for split in self.counts if self.foils and not self._replaceable(split)]
@@ -233,11 +244,23 @@ class Shapes(Source):
         }
         if self.config.foils:
             extra |= self._foil(key, seen)
+        if split == "train" and self.config.mismatched:
+            told = self._told(key, seen)
+            texts, extra["meta.intact"] = [caption(told, wording) for wording in range(len(texts))], int(told == seen)
         if (kept := self.config.labels_per_class) is not None:
             extra["meta.class"] = label
             if split == "train" and row >= kept * len(self._classes[split]):
                 texts, extra = [BARE_TEXT], {**extra, "label": None, "label_name": None}
-        return RawPair(key, image, [(text, "alt") for text in texts], extra, split)
+        captions = [(text, "alt") for text in texts]
+        if split == "train" and self.config.synthetic is not None:
+            draw = chance.generator(self.config.seed, "shapes captioner", key)
+            captions.append((described(seen, _words(look), draw, self.config.synthetic), "synthetic:shapes"))
+        return RawPair(key, image, captions, extra, split)
+
+    def _told(self, key: str, seen: Seen) -> Seen:
+        """What the text of a training pair tells: what the picture shows, or what a picture drawn at random does."""
+        draw = chance.generator(self.config.seed, "shapes mismatch", key)
+        return self._dealt("train", int(draw.integers(self.config.train))) if draw.random() < self.config.mismatched else seen
 
     @cached_property
     def _classes(self) -> Mapping[str, Mapping[str, Sequence[Seen]]]:

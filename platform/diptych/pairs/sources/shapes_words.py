@@ -52,6 +52,20 @@ def replaced(seen: Seen, known: Mapping[str, Sequence[str]], draw: np.random.Gen
     return name, words[int(draw.integers(len(words)))]
 
 
+SHORT = ("a {colour} {shape}", "a photo of the {shape}")
+"""What a captioner says: less than the texts tell."""
+
+
+def described(seen: Seen, known: Mapping[str, Sequence[str]], draw: np.random.Generator, errors: float) -> str:
+    """A captioner's short text; with the chance `errors` it names another shape or colour of those known."""
+    wording, wrong = SHORT[int(draw.integers(len(SHORT)))], float(draw.random()) < errors
+    if wrong:
+        named = {name: known[name] for name in ("shape", "colour") if f"{{{name}}}" in wording}
+        name, word = replaced(seen, named, draw)
+        seen = seen._replace(**{name: word})
+    return wording.format(**seen._asdict())
+
+
 class Edit(NamedTuple):
     """One attribute of a picture that is to change, and what the kinds of edit make of the picture."""
 
