@@ -33,6 +33,8 @@ TABLE: tuple[Row, ...] = (
     Row("hf", "ingest", "diptych.pairs.sources.hf:Config", "Source", "🤗 Datasets", "a data set saved to disk by 🤗 Datasets"),
     Row("digits", "ingest", "diptych.pairs.sources.digits:Config", "Source", "UCI optical digits", "real 8x8 handwritten digits with captions, the claims' pool"),
     Row("shapes", "ingest", "diptych.pairs.sources.shapes:Config", "Source", "", "rendered shapes with texts, all factors known: targets, foils, look-alikes, cue conflicts"),
+    Row("biomedclip", "ingest", "diptych.pairs.sources.biomedclip:Config", "Source", "BiomedCLIP (2023)", "article packages (JATS XML and figures) as PMC-15M: figures with their whole captions"),
+    Row("biomedica", "ingest", "diptych.pairs.sources.biomedica:Config", "Source", "BIOMEDICA (CVPR 2025)", "article packages with all metadata: citing paragraphs, licence, panels, subjects, pixel hash"),
     # curate
     Row("metaclip", "curate", "diptych.curate.metaclip:Config", "PairMethod", "Demystifying CLIP Data (ICLR 2024)", "keep texts that match a concept list, cap the head concepts"),
     # prune
