@@ -12,9 +12,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-HEAD = (
-    '<!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD v1.2 20190208//EN" "JATS-archivearticle1.dtd">'
-)
+HEAD = '<!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD v1.2 20190208//EN" "JATS-archivearticle1.dtd">'
 LICENCE = '<license xlink:href="http://creativecommons.org/licenses/by/4.0/"><license-p>Open.</license-p></license>'
 
 
@@ -76,7 +74,28 @@ def photo(seed: int, format: str = "JPEG", size: tuple[int, int] = (40, 30), mod
     return buffer.getvalue()
 
 
-WORDS = "axial image of a cell nodule with contrast shown after staining in mice control group bar lane protein tissue slice".split()
+WORDS = [
+    "axial",
+    "image",
+    "of",
+    "a",
+    "cell",
+    "nodule",
+    "with",
+    "contrast",
+    "shown",
+    "after",
+    "staining",
+    "in",
+    "mice",
+    "control",
+    "group",
+    "bar",
+    "lane",
+    "protein",
+    "tissue",
+    "slice",
+]
 
 
 def corpus(folder: Path, articles: int, paragraphs: int = 0) -> dict[str, tuple[str, bytes]]:
@@ -90,7 +109,11 @@ def corpus(folder: Path, articles: int, paragraphs: int = 0) -> dict[str, tuple[
         draw = np.random.default_rng(number)
         name, pmid = f"PMC{9000 + number}", "" if number % 7 == 3 else str(500 + number)
         files: dict[str, bytes] = {}
-        body = ["".join(f"<p>{' '.join(draw.choice(WORDS, 90))} as <xref ref-type=\"bibr\" rid=\"b1\">1</xref> says.</p>" for _ in range(paragraphs))]
+        body = [
+            "".join(
+                f'<p>{" ".join(draw.choice(WORDS, 90))} as <xref ref-type="bibr" rid="b1">1</xref> says.</p>' for _ in range(paragraphs)
+            )
+        ]
         for index in range(1, int(draw.integers(2, 6))):
             text, picture, id = " ".join(draw.choice(WORDS, 8)), photo(100 * number + index), f"F{index}"
             key = f"{pmid or name}_{id}"

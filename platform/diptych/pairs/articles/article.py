@@ -170,9 +170,7 @@ def _marked(paragraph: Element, names: Mapping[str, str]) -> str:
     return marked(paragraph, FLOATS, mark)
 
 
-def _figure(
-    element: Element, graphics: tuple[tuple[str, ...], ...], cited: Sequence[str], parent_of: Mapping[Element, Element]
-) -> Figure:
+def _figure(element: Element, graphics: tuple[tuple[str, ...], ...], cited: Sequence[str], parent_of: Mapping[Element, Element]) -> Figure:
     around = ancestors(element, parent_of)
     caption = element.find("caption")
     if caption is None:  # the parts of a compound figure may share the caption of their group
@@ -235,7 +233,9 @@ def _language(name: str | None) -> str:
 def _date(meta: Element) -> str:
     """The day on which the article first appeared, by the kinds of date in their order."""
     dates = meta.findall("pub-date")
-    dates.sort(key=lambda date: next((i for i, kind in enumerate(_DATES) if kind in (date.get("pub-type"), date.get("date-type"))), len(_DATES)))
+    dates.sort(
+        key=lambda date: next((i for i, kind in enumerate(_DATES) if kind in (date.get("pub-type"), date.get("date-type"))), len(_DATES))
+    )
     for date in dates:
         year = clean(content(date.find("year")))
         if len(year) == 4 and year.isdigit():

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-MONTHS = {name: number for number, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), start=1)}
+MONTHS = {
+    name: number
+    for number, name in enumerate(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], start=1)
+}
 SEASONS = {"winter": 12, "spring": 3, "summer": 6, "autumn": 9, "fall": 9}
 _DATE = re.compile(r"(?<!\d)(?P<year>(?:1[5-9]|20)\d\d)(?:\s+(?P<month>[A-Za-z]+|\d{1,2})[^\s;,]*)?(?:\s+(?P<day>\d{1,2})(?!\d))?")
 

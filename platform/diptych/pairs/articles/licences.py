@@ -12,16 +12,24 @@ from diptych.pairs.articles.xml import HREF, Element, clean, content
 
 LicenceClass = Literal["commercial", "noncommercial", "other"]
 
-_ADDRESS = re.compile(r"creativecommons\.org/(licen[cs]es/(?P<kind>by(?:-[a-z]+)*)|publicdomain/(?P<public>zero|mark))/?(?P<version>\d\.\d)?", re.I)
+_ADDRESS = re.compile(
+    r"creativecommons\.org/(licen[cs]es/(?P<kind>by(?:-[a-z]+)*)|publicdomain/(?P<public>zero|mark))/?(?P<version>\d\.\d)?", re.I
+)
 _SHORT = re.compile(r"\b(?P<zero>CC[ -]?0|CC[ -]?ZERO)\b|\bCC[ -]?(?P<kind>BY(?:-[A-Z]{2})*)\b(?: (?P<version>\d\.\d))?", re.I)
 _WORDS = re.compile(r"creative commons attribution|attribution licen[cs]e", re.I)
-_CLAUSES = (("NC", re.compile(r"non-?\s?commercial", re.I)), ("ND", re.compile(r"no-?\s?deriv", re.I)), ("SA", re.compile(r"share-?\s?alike", re.I)))
+_CLAUSES = (
+    ("NC", re.compile(r"non-?\s?commercial", re.I)),
+    ("ND", re.compile(r"no-?\s?deriv", re.I)),
+    ("SA", re.compile(r"share-?\s?alike", re.I)),
+)
 _PUBLIC = {"zero": "CC0", "mark": "Public Domain Mark"}
 
 
 def of_element(licence: Element) -> str:
     """The name of a `license` element's licence, e.g. `CC BY-NC 4.0`; empty if it is none that is known."""
-    addresses = [address for inner in licence.iter() for address in (inner.get(HREF), inner.text if inner.tag.endswith("license_ref") else None)]
+    addresses = [
+        address for inner in licence.iter() for address in (inner.get(HREF), inner.text if inner.tag.endswith("license_ref") else None)
+    ]
     named = (of_text(address) for address in addresses if address)
     return next((name for name in named if name), "") or of_text(clean(content(licence)))
 

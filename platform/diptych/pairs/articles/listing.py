@@ -52,7 +52,9 @@ def packages(root: Path) -> list[str]:
         if is_archive(name) or name.lower().endswith(".nxml") or (name.lower().endswith(".xml") and name.rpartition("/")[0] not in beside)
     ]
     if not found:
-        raise DataError.at("There are no article packages here", "path", str(root), "archives (.tar.gz, .tgz, .tar) or .nxml files below it")
+        raise DataError.at(
+            "There are no article packages here", "path", str(root), "archives (.tar.gz, .tgz, .tar) or .nxml files below it"
+        )
     return found
 
 

@@ -6,10 +6,11 @@ again later do not count twice.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
-_DASH = "-–—−"  # noqa: RUF001 - the dashes that articles use
+_DASH = "-–—−"
 _SEVERAL = rf"[A-Za-z](?:\s*(?:[,{_DASH}]|and|&)\s*[A-Za-z])*"
 _STYLES = (
     re.compile(rf"\((?P<marks>{_SEVERAL})\)"),
@@ -74,4 +75,4 @@ def _letters(marks: str) -> str:
         if index and tokens[index - 1] in _DASH and letters:
             letters += "".join(map(chr, range(ord(letters[-1]) + 1, ord(letter))))
         letters += letter
-    return letters if all(ord(after) - ord(before) == 1 for before, after in zip(letters, letters[1:], strict=False)) else ""
+    return letters if all(ord(after) - ord(before) == 1 for before, after in itertools.pairwise(letters)) else ""

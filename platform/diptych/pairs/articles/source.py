@@ -24,9 +24,12 @@ SOURCE = "alt"
 class ArticlesConfig(PackageLimits):
     """Where the packages lie; the keys of their limits stand beside."""
 
-    path: str = Field(min_length=1, description="the folder of the packages, in any depth: archives with XML and figures, or XML beside its figures")
+    path: str = Field(
+        min_length=1, description="the folder of the packages, in any depth: archives with XML and figures, or XML beside its figures"
+    )
     table: str | None = Field(
-        default=None, description="a file list, relative to the folder: only the packages that it names are read; it fills in what articles do not say"
+        default=None,
+        description="a file list, relative to the folder: only the packages that it names are read; it fills in what articles do not say",
     )
     split: str = Field(default="train", min_length=1, description="split of all pairs")
 

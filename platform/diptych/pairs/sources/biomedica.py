@@ -30,7 +30,7 @@ class Config(ArticlesConfig):
         description="captions of figures of several pictures: `whole`, or `panels`: each picture its own panel's, where the numbers agree",
     )
     mentions: Literal["plain", "marked", "none"] = Field(
-        default="plain", description="citing paragraphs as text, with the figure references as `<xref rid=\"file\">` tags, or not at all"
+        default="plain", description='citing paragraphs as text, with the figure references as `<xref rid="file">` tags, or not at all'
     )
     abstract: bool = Field(default=False, description="keep the abstract, once a picture")
     hash: bool = Field(default=True, description="keep SHA-256 over the pixels, by which equal pictures are found; decodes every picture")
