@@ -35,8 +35,11 @@ TABLE: tuple[Row, ...] = (
     Row("shapes", "ingest", "diptych.pairs.sources.shapes:Config", "Source", "", "rendered shapes with texts, all factors known: targets, foils, look-alikes, cue conflicts"),
     Row("biomedclip", "ingest", "diptych.pairs.sources.biomedclip:Config", "Source", "BiomedCLIP (2023)", "article packages (JATS XML and figures) as PMC-15M: figures with their whole captions"),
     Row("biomedica", "ingest", "diptych.pairs.sources.biomedica:Config", "Source", "BIOMEDICA (CVPR 2025)", "article packages with all metadata: citing paragraphs, licence, panels, subjects, pixel hash"),
+    Row("digit-archive", "ingest", "diptych.pairs.sources.digit_archive:Config", "Source", "UCI optical digits", "digits among plots, or under captions longer than CLIP's context: pools of two claims"),
     # curate
     Row("metaclip", "curate", "diptych.curate.metaclip:Config", "PairMethod", "Demystifying CLIP Data (ICLR 2024)", "keep texts that match a concept list, cap the head concepts"),
+    Row("biomedica-concepts", "curate", "diptych.curate.biomedica:Config", "PairMethod", "BIOMEDICA (CVPR 2025)", "label clusters of pictures by a few looks; keep, drop or balance the labels"),
+    Row("figure-filter", "curate", "diptych.curate.figure_filter:Config", "PairMethod", "BIOMEDICA (CVPR 2025)", "keep figures by size, licence, language, panels, kind of article, caption length"),
     # prune
     Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
     Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
@@ -64,6 +67,7 @@ TABLE: tuple[Row, ...] = (
     Row("corruption-robustness", "evaluate", "diptych.evaluate.corruption_robustness:Config", "Benchmark", "Common corruptions (ICLR 2019)", "zero-shot accuracy under 15 corruptions at 5 severities"),
     Row("straggler-sharpness", "evaluate", "diptych.adapt.straggler_sharpness:Config", "Benchmark", "In Search of the Successful Interpolation (2024)", "accuracy, sharpness and unstable layers on the way from zero-shot"),
     Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
+    Row("class-retrieval", "evaluate", "diptych.evaluate.class_retrieval:Config", "Benchmark", "", "find a text of the picture's class, and a picture of the text's"),
     # adapters of few-shot
     Row("gda", "adapter", "diptych.adapt.gda:Config", "Adapter", "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation (ICLR 2024)", "class means and one shared covariance beside the zero-shot head"),
     Row("adanpc", "adapter", "diptych.adapt.adanpc:Config", "Adapter", "AdaNPC (ICML 2023)", "a vote of nearest memories that learns from the stream"),

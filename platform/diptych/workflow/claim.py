@@ -14,7 +14,8 @@ same seed, so that arms are compared at equal size; `@model:ARM` for the directo
 `@seed` for the seed.
 
 Figures are those of the evaluation, `<set>/<task>/<metric>`, and of training: `train/<name>` as the run's summary has it, of everything in
-the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them.
+the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them. So are the numbers that pair
+methods report: `curate/<place>-<method>/<name>/…`.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class ArmTrial:
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
         trained = {**of_training(figures["train"]), **of_steps(store.folder("train").parent / ".records" / "steps.jsonl")}
-        yield {**values, **trained, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
+        yield {**values, **trained, **of_reports(figures), "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
     def _name(self, arm: str, seed: int) -> str:
         return f"claims/{self.file.claim}/{arm}-s{seed}"
@@ -227,6 +228,20 @@ def of_training(figures: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"train/{name}": float(value) for name, value in figures.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def of_reports(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers in the reports of the methods of curate, prune and caption, as `<phase>/<place>-<method>/<name>/…`."""
+    reports = {phase: figures[phase].get("report") or {} for phase in spec.PAIR_PHASES if phase in figures}
+    return {"/".join(path): value for path, value in _numbers((), reports)}
+
+
+def _numbers(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers((*path, str(name)), inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, float(value)
 
 
 def of_steps(log: Path) -> dict[str, float]:
