@@ -31,7 +31,7 @@ from diptych.curate.clustering import ClusterFold, Clusters, features_of
 
 CLUSTER, CONCEPTS = "meta.cluster", "meta.concepts"
 NOT_KEPT, BALANCED = "concept not kept", "balanced away"
-ROWS_PER_CLUSTER = 20
+MOST_LABELS = 1000
 
 
 class Config(BaseConfig):
@@ -45,11 +45,14 @@ class Config(BaseConfig):
     expert: str | None = Field(None, description="a column with a label, or a list of labels, that is looked at for a few pairs a cluster")
     looked_at: int = Field(30, ge=1, description="pairs a cluster whose `expert` column is looked at, drawn by key")
     annotations: str | None = Field(
-        None, description='a JSON file, cluster number -> list of labels, e.g. `{"0": ["microscopy"]}`: made by people who saw `meta.cluster`'
+        None,
+        description='a JSON file, cluster number -> list of labels, e.g. `{"0": ["microscopy"]}`: made by people who saw `meta.cluster`',
     )
     keep: tuple[str, ...] | None = Field(None, min_length=1, description="labels that stay; null: all, and clusters without label")
     drop: tuple[str, ...] = Field((), description="labels that leave, unless the pair has one of `keep`")
-    balance: bool = Field(False, description="no label stays more often than the median of the labels that stay; a pair counts for its rarest")
+    balance: bool = Field(
+        False, description="no label stays more often than the median of the labels that stay; a pair counts for its rarest"
+    )
 
     @model_validator(mode="after")
     def _one_labeller(self) -> Self:
@@ -68,11 +71,14 @@ class Config(BaseConfig):
 
 @dataclass(frozen=True)
 class Looks:
-    """What was seen of the clusters: pairs `[K]` of each, and of each the `(rank, labels)` of smallest rank, at most `looked_at`."""
+    """What was seen of the clusters: pairs `[K]` of each, and of each the `(rank, labels)` of smallest rank, at most `looked_at`.
+
+    `truth` counts the expert's labels a cluster over all pairs: it is reported, and decides nothing.
+    """
 
     size_K: NDArray[np.int64]
     seen: Mapping[int, tuple[tuple[int, tuple[str, ...]], ...]]
-    truth: Mapping[tuple[int, tuple[str, ...]], int]
+    truth: Mapping[tuple[int, str], int]
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ class LookFold(Fold):
             own = seen.setdefault(int(label_N[row]), [])
             if len(own) < self.config.looked_at:
                 own.append((int(rank_N[row]), said[row]))
-        return Looks(size_K, {cluster: tuple(own) for cluster, own in seen.items()}, Counter(zip(label_N.tolist(), said, strict=True)))
+        truth = Counter((cluster, label) for cluster, own in zip(label_N.tolist(), said, strict=True) for label in own)
+        return _few(Looks(size_K, {cluster: tuple(own) for cluster, own in seen.items()}, truth))
 
     def merge(self, left: Looks, right: Looks) -> Looks:
         """Counts add up; the smallest ranks of both are looked at."""
@@ -118,7 +125,7 @@ class LookFold(Fold):
             cluster: tuple(sorted((*left.seen.get(cluster, ()), *right.seen.get(cluster, ())))[: self.config.looked_at])
             for cluster in left.seen.keys() | right.seen.keys()
         }
-        return Looks(left.size_K + right.size_K, seen, Counter(left.truth) + Counter(right.truth))
+        return _few(Looks(left.size_K + right.size_K, seen, Counter(left.truth) + Counter(right.truth)))
 
     def finish(self, partial: Looks, state: Clusters) -> Labelled:
         """Labels of the clusters, and which of them stay."""
@@ -240,11 +247,18 @@ def agreement(labels: Sequence[Sequence[str]], looks: Looks) -> dict[str, tuple[
     inside = _pairs(labels, looks.size_K)
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for (cluster, said), count in looks.truth.items():
-        for label in said:
-            total[label] += count
-            right[label] += count if label in labels[cluster] else 0
+    for (cluster, label), count in looks.truth.items():
+        total[label] += count
+        right[label] += count if label in labels[cluster] else 0
     return {label: (inside[label], right[label], total[label]) for label in sorted(inside.keys() | total.keys())}
+
+
+def _few(looks: Looks) -> Looks:
+    """The looks themselves. Raises DataError if the expert's column has as many labels as if it told pairs apart."""
+    if (found := len({label for _, label in looks.truth})) > MOST_LABELS:
+        fix = "name a column of concepts"
+        raise DataError.at("The expert's labels are too many", "expert", f"<{found:,} and more>", f"at most {MOST_LABELS:,} labels", fix)
+    return looks
 
 
 def _pairs(labels: Sequence[Sequence[str]], size_K: NDArray[np.int64]) -> Counter[str]:

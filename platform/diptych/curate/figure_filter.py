@@ -28,10 +28,14 @@ class Config(BaseConfig):
     min_side: int = Field(21, ge=1, description="shorter side of the picture, pixels; BIOMEDICA keeps what is larger than 20")
     min_words: int = Field(1, ge=0, description="words of the caption, at least")
     max_words: int | None = Field(None, ge=1, description="words of the caption, at most")
-    licences: tuple[LicenceClass, ...] | None = Field(None, min_length=1, description="classes of licences that stay, of `meta.licence_class`")
+    licences: tuple[LicenceClass, ...] | None = Field(
+        None, min_length=1, description="classes of licences that stay, of `meta.licence_class`"
+    )
     languages: tuple[str, ...] | None = Field(None, min_length=1, description="languages that stay, of `language`, e.g. `en`")
     panels: Literal["single", "compound"] | None = Field(None, description="figures of one panel, or of several, of `meta.panels`")
-    kinds: tuple[str, ...] | None = Field(None, min_length=1, description="kinds of articles that stay, of `meta.kind`, e.g. `research-article`")
+    kinds: tuple[str, ...] | None = Field(
+        None, min_length=1, description="kinds of articles that stay, of `meta.kind`, e.g. `research-article`"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -90,5 +94,9 @@ class FigureFilter(PairMethod):
         asked = {CLASS: config.licences, LANGUAGE: config.languages, KIND: config.kinds, PANELS: config.panels}
         if missing := [column for column, value in asked.items() if value is not None and column not in batch.columns]:
             raise DataError.at(
-                "The pairs lack a column to filter by", missing[0], batch.columns, "columns of a source of articles", "leave the parameter out"
+                "The pairs lack a column to filter by",
+                missing[0],
+                batch.columns,
+                "columns of a source of articles",
+                "leave the parameter out",
             )

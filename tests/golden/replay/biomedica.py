@@ -57,7 +57,7 @@ def caption(figures: tuple[Figure, ...], id: str) -> str:
 
 def context(xml: bytes) -> dict[str, list[str]]:
     """The citing paragraphs by picture, in the order in which the text first cites the figures."""
-    figures = {normal(figure.id): figure for figure in parse(xml, markup=True).figures}
+    figures = {normal(figure.id): figure for figure in parse(xml, mentions="marked").figures}
     cited = dict.fromkeys(normal(reference.get("rid", "")) for reference in tree(xml).iter("xref"))
     return {image_name(figures[id].graphics): list(figures[id].mentions) for id in cited if id in figures and figures[id].mentions}
 

@@ -69,7 +69,7 @@ def test_a_paragraph_counts_for_every_figure_it_cites_once() -> None:
     assert one.mentions == ("Both (1) and 2, 1.", "Both 1-2, r.")
     assert two.mentions == ("One, cf. this and that.", *one.mentions)
     assert nine.mentions == ()
-    marked = parse(article(body), markup=True).figures[0].mentions[1]
+    marked = parse(article(body), mentions="marked").figures[0].mentions[1]
     assert marked == 'Both <xref ref-type="fig" rid="g1 g2">1-2</xref>, r.'
 
 

@@ -86,7 +86,7 @@ class ArticleFigures(Source):
     """
 
     elements: Sequence[str] = jats.FIGURES
-    markup = False
+    mentions: jats.Mentions = "none"
 
     def __init__(self, config: ArticlesConfig) -> None:
         self.articles = config
@@ -148,7 +148,7 @@ class ArticleFigures(Source):
         try:
             if (package.size(name) or 0) > self.articles.max_xml_mebibytes * MEBIBYTE:
                 raise Fault("XML too large")
-            article = jats.parse(package.load(name), self.elements, markup=self.markup)
+            article = jats.parse(package.load(name), self.elements, self.mentions)
             if not article.figures:
                 raise Fault("article without figures")
         except Fault as fault:

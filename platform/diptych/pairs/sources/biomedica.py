@@ -49,7 +49,7 @@ class Biomedica(ArticleFigures):
         super().__init__(config)
         self.config = config
         self.elements = config.elements
-        self.markup = config.mentions == "marked"
+        self.mentions = config.mentions
 
     def key(self, found: Found) -> str:
         """`<article>/<picture>`, or the figure's id where there is no picture."""
