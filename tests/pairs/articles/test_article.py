@@ -41,7 +41,7 @@ def test_parts_of_a_caption_are_joined_by_one_space() -> None:
 def test_graphics_of_a_figure() -> None:
     alternatives = f"<alternatives>{graphic('a.thumbnail.jpg')}{graphic('a.jpg')}</alternatives>"
     formula = f"<caption><p>C.<inline-formula>{graphic('e1')}</inline-formula></p></caption>"
-    inner = f"<table-wrap><caption><p>T.</p></caption>{graphic('t1')}</table-wrap>"
+    inner = f"<table-wrap><caption><p>T.</p></caption>{graphic('t1')}</table-wrap><table-wrap><table/></table-wrap>"
     body = f'<fig id="F1">{formula}{alternatives}<p>{graphic("b")}</p>{inner}</fig>'
     (alone,) = parse(article(body)).figures
     assert alone.graphics == (("a.jpg", "a.thumbnail.jpg"), ("b",), ("t1",))
