@@ -33,8 +33,13 @@ TABLE: tuple[Row, ...] = (
     Row("hf", "ingest", "diptych.pairs.sources.hf:Config", "Source", "🤗 Datasets", "a data set saved to disk by 🤗 Datasets"),
     Row("digits", "ingest", "diptych.pairs.sources.digits:Config", "Source", "UCI optical digits", "real 8x8 handwritten digits with captions, the claims' pool"),
     Row("shapes", "ingest", "diptych.pairs.sources.shapes:Config", "Source", "", "rendered shapes with texts, all factors known: targets, foils, look-alikes, cue conflicts"),
+    Row("biomedclip", "ingest", "diptych.pairs.sources.biomedclip:Config", "Source", "BiomedCLIP (2023)", "article packages (JATS XML and figures) as PMC-15M: figures with their whole captions"),
+    Row("biomedica", "ingest", "diptych.pairs.sources.biomedica:Config", "Source", "BIOMEDICA (CVPR 2025)", "article packages with all metadata: citing paragraphs, licence, panels, subjects, pixel hash"),
+    Row("digit-archive", "ingest", "diptych.pairs.sources.digit_archive:Config", "Source", "UCI optical digits", "digits among plots, or under captions longer than CLIP's context: pools of two claims"),
     # curate
     Row("metaclip", "curate", "diptych.curate.metaclip:Config", "PairMethod", "Demystifying CLIP Data (ICLR 2024)", "keep texts that match a concept list, cap the head concepts"),
+    Row("biomedica-concepts", "curate", "diptych.curate.biomedica:Config", "PairMethod", "BIOMEDICA (CVPR 2025)", "label clusters of pictures by a few looks; keep, drop or balance the labels"),
+    Row("figure-filter", "curate", "diptych.curate.figure_filter:Config", "PairMethod", "BIOMEDICA (CVPR 2025)", "keep figures by size, licence, language, panels, kind of article, caption length"),
     # prune
     Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
     Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
@@ -80,6 +85,7 @@ TABLE: tuple[Row, ...] = (
     Row("contrastive-loss", "evaluate", "diptych.evaluate.contrastive_loss:Config", "Benchmark", "CLIP (2021)", "the loss on pairs that were not trained on"),
     Row("alignment", "evaluate", "diptych.evaluate.alignment:Config", "Benchmark", "Alignment and Uniformity on the Hypersphere (ICML 2020)", "how close pairs lie, how evenly all spread, how far the modalities are apart"),
     Row("forgetting", "evaluate", "diptych.evaluate.forgetting:Config", "Benchmark", "Don't Stop Learning: Towards Continual Learning for the CLIP Model (2022)", "accuracy and backward transfer after several sessions of training"),
+    Row("class-retrieval", "evaluate", "diptych.evaluate.class_retrieval:Config", "Benchmark", "", "find a text of the picture's class, and a picture of the text's"),
     # adapters of few-shot
     Row("gda", "adapter", "diptych.adapt.gda:Config", "Adapter", "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation (ICLR 2024)", "class means and one shared covariance beside the zero-shot head"),
     Row("adanpc", "adapter", "diptych.adapt.adanpc:Config", "Adapter", "AdaNPC (ICML 2023)", "a vote of nearest memories that learns from the stream"),

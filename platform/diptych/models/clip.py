@@ -52,7 +52,7 @@ class DualEncoder(nn.Module):
         self.structure: dict[str, dict[str, int]] = {}
         self.preprocess_cfg: dict[str, Any] = merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(clip))
         self.image_size = self.preprocess_cfg["size"] = _square(self.preprocess_cfg["size"])
-        self.context_length = int(clip.context_length)  # type: ignore[arg-type]
+        self.context_length = _context_length(clip, self.config.get("text_cfg", {}))
         self.register_buffer("mean", torch.tensor(self.preprocess_cfg["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(self.preprocess_cfg["std"]), persistent=False)
         self._tokenizer: Tokenizer | ForeignTokenizer | None = None
@@ -94,7 +94,8 @@ class DualEncoder(nn.Module):
         """Features `[N, D]` of captions of any length L <= `context_length`, of unit norm with `normalize`.
 
         Each row holds its end token. Under a causal mask nothing behind that token can reach it, so a batch cut to its longest
-        caption has the features, and the gradients, of the full context. Towers without that property see it padded back.
+        caption has the features, and the gradients, of the full context. A tower of Hugging Face masks what is padding, to the same
+        effect. Towers with neither property see it padded back.
         Raises DataError if L is too large.
         """
         length = text_NL.shape[1]
@@ -104,7 +105,8 @@ class DualEncoder(nn.Module):
         if length < self.context_length and ignores_padding(tower):
             feature_ND = _encode_cut(tower, text_NL)
         else:
-            full_NL = nn.functional.pad(text_NL, (0, self.context_length - length), value=pad_id(tower))
+            missing = 0 if _masks_padding(tower) else self.context_length - length
+            full_NL = nn.functional.pad(text_NL, (0, missing), value=pad_id(tower))
             feature_ND = self.clip.encode_text(full_NL, normalize=False)
         return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
 
@@ -265,6 +267,17 @@ def _encode_cut(tower: Any, text_NL: torch.Tensor) -> torch.Tensor:
     if projection is None:
         return x_ND
     return cast(torch.Tensor, projection(x_ND)) if isinstance(projection, nn.Module) else x_ND @ projection
+
+
+def _masks_padding(tower: Any) -> bool:
+    """Whether the tower attends to no token of its pad id, as those that open_clip takes from Hugging Face."""
+    return getattr(getattr(tower, "config", None), "pad_token_id", None) is not None
+
+
+def _context_length(clip: Any, text_cfg: Mapping[str, Any]) -> int:
+    """Tokens of the longest caption; a tower of Hugging Face tells its positions, of which the configuration may use fewer."""
+    positions = int(clip.context_length)
+    return min(positions, int(text_cfg.get("context_length", positions))) if "hf_model_name" in text_cfg else positions
 
 
 def pad_id(tower: Any) -> int:

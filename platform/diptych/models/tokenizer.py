@@ -92,16 +92,27 @@ class Tokenizer:
 
 
 class ForeignTokenizer:
-    """A tokenizer of open_clip that is not CLIP's own (SigLIP, Hugging Face), behind the same two methods. Never cuts."""
+    """A tokenizer of open_clip that is not CLIP's own (SigLIP, Hugging Face), behind the same two methods.
 
-    def __init__(self, tokenizer: Callable[[list[str]], Any]) -> None:
+    Args:
+        pad_id: what fills captions at their end, where that is known to be all that it stands for; None: `encode_cut` does not cut.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Any], pad_id: int | None = None) -> None:
         self.tokenizer = tokenizer
+        self.pad_id = pad_id
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids int64 `[N, L]`."""
         return np.asarray(self.tokenizer(list(texts)), dtype=np.int64)
 
-    encode_cut = encode
+    def encode_cut(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """As `encode`, cut to the longest caption of the batch where the padding is known."""
+        text_NL = self.encode(texts)
+        if self.pad_id is None:
+            return text_NL
+        used = np.flatnonzero((text_NL != self.pad_id).any(axis=0))
+        return text_NL[:, : used[-1] + 1 if len(used) else 1]
 
 
 def for_model(text_cfg: Mapping[str, Any], context_length: int) -> Tokenizer | ForeignTokenizer:
@@ -114,7 +125,8 @@ def for_model(text_cfg: Mapping[str, Any], context_length: int) -> Tokenizer | F
     if not name:
         return ForeignTokenizer(SimpleTokenizer(context_length=context_length, **options))
     mode = text_cfg.get("tokenizer_mode")
-    return ForeignTokenizer(HFTokenizer(name, context_length=context_length, tokenizer_mode=mode, **options))
+    tokenizer = HFTokenizer(name, context_length=context_length, tokenizer_mode=mode, **options)
+    return ForeignTokenizer(tokenizer, None if mode else tokenizer.tokenizer.pad_token_id)
 
 
 def clean(text: str) -> str:

@@ -14,8 +14,8 @@ same seed, so that arms are compared at equal size; `@model:ARM` for the directo
 `@seed` for the seed.
 
 Figures are those of the evaluation, `<set>/<task>/<metric>`, and of training: `train/<name>` as the run's summary has it, of everything in
-the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them. Numbers of a compressor's report are
-`compress/<method>/<name>`, those of a small mapping in it `compress/<method>/<name>/<key>`.
+the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them. So are the numbers that methods
+report: `curate/<place>-<method>/<name>/…` of pair methods, `compress/<method>/<name>` and, of a small mapping, `compress/<method>/<name>/<key>`.
 """
 
 from __future__ import annotations
@@ -211,8 +211,7 @@ class ArmTrial:
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
         trained = {**of_training(figures["train"]), **of_steps(store.folder("train").parent / ".records" / "steps.jsonl")}
-        compressed = of_reports(figures["compress"].get("report", {}))
-        yield {**values, **trained, **compressed, "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
+        yield {**values, **trained, **of_reports(figures), "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
     def _name(self, arm: str, seed: int) -> str:
         return f"claims/{self.file.claim}/{arm}-s{seed}"
@@ -238,19 +237,26 @@ def of_training(figures: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def of_reports(reports: Mapping[str, Mapping[str, Any]], small: int = 8) -> dict[str, float]:
-    """The numbers of compressors' reports as `compress/<method>/<name>`; of mappings only those with at most `small` entries."""
-    found: dict[str, float] = {}
-    for method, report in reports.items():
-        for name, value in report.items():
-            inner = (
-                {f"{name}/{key}": each for key, each in value.items()}
-                if isinstance(value, Mapping) and len(value) <= small
-                else {name: value}
-            )
-            numbers = {key: each for key, each in inner.items() if isinstance(each, int | float) and not isinstance(each, bool)}
-            found |= {f"compress/{method}/{key}": float(each) for key, each in numbers.items()}
-    return found
+def of_reports(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers in the reports of pair methods, as `<phase>/<place>-<method>/<name>/…`, and of compressors, as `compress/<method>/<name>…`.
+
+    Of a compressor's mappings only small ones count: others have an entry a matrix.
+    """
+    reports = {phase: figures[phase].get("report") or {} for phase in (*spec.PAIR_PHASES, "compress") if phase in figures}
+    reports["compress"] = {method: _without_tables(report) for method, report in reports.get("compress", {}).items()}
+    return {"/".join(path): value for path, value in _numbers((), reports)}
+
+
+def _without_tables(report: Mapping[str, Any], small: int = 8) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if not (isinstance(value, Mapping) and len(value) > small)}
+
+
+def _numbers(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers((*path, str(name)), inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, float(value)
 
 
 def of_steps(log: Path) -> dict[str, float]:

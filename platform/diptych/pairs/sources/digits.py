@@ -198,7 +198,7 @@ class Digits(Source):
         draw = chance.generator(self.config.seed, "digits target", key)
         grey = self.config.corruption.apply(load()[0][picture] / LEVELS, draw, strength_of(block) if drift else 1.0)
         extra = {"meta.picture": picture, "meta.block": block} if drift else {"meta.picture": picture}
-        return key, _png(grey * LEVELS, self.config.size_px), extra
+        return key, png(grey * LEVELS, self.config.size_px), extra
 
     @cached_property
     def _order(self) -> _Int:
@@ -260,7 +260,7 @@ class Digits(Source):
 
     def _noisy(self, picture: int, row: int) -> bytes:
         noise = chance.generator(self.config.seed, "digits noise", row).normal(0, self.config.noise, (SIDE_PX, SIDE_PX))
-        return _png(load()[0][picture] + noise, self.config.size_px)
+        return png(load()[0][picture] + noise, self.config.size_px)
 
 
 @lru_cache(maxsize=1)
@@ -289,10 +289,10 @@ def _junk(draw: np.random.Generator) -> str:
 
 @lru_cache(maxsize=2 * PICTURES)
 def _clean(picture: int, size_px: int) -> bytes:
-    return _png(load()[0][picture], size_px)
+    return png(load()[0][picture], size_px)
 
 
-def _png(grey: NDArray[np.float64], size_px: int) -> bytes:
+def png(grey: NDArray[np.float64], size_px: int) -> bytes:
     """An 8-bit grey PNG; every pixel of the 8 x 8 becomes a square."""
     levels = np.rint(grey.clip(0, LEVELS) * (255 / LEVELS)).astype(np.uint8)
     scale = size_px // SIDE_PX

@@ -1,0 +1,123 @@
+"""Clusters of pictures for labelling: features on their principal axes, then k-means, with scikit-learn.
+
+Shape legend: N pairs, D feature width, C principal axes, K clusters, S sampled pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from diptych.core.chance import key_hash, key_hashes, mix
+from diptych.core.errors import DataError
+from diptych.core.points import Fold
+
+BLOCK_VALUES = 1 << 22
+Real = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Principal axes: `mean_D`, orthonormal `component_CD` by falling variance, and the variance on each, all float64."""
+
+    mean_D: NDArray[np.float64]
+    component_CD: NDArray[np.float64]
+    variance_C: NDArray[np.float64]
+
+    def project(self, feature_ND: Real) -> NDArray[np.float64]:
+        """Coordinates `[N, C]` on the axes."""
+        return np.asarray((feature_ND - self.mean_D) @ self.component_CD.T)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Axes and cluster centres `[K, C]` on them. They belong together: store both with the labels."""
+
+    axes: Axes
+    center_KC: NDArray[np.float64]
+
+    def label(self, feature_ND: Real) -> NDArray[np.int64]:
+        """The cluster of the nearest centre, `[N]`; the first of equally near ones. Depends on the row alone."""
+        label_N = np.empty(len(feature_ND), dtype=np.int64)
+        half_K = 0.5 * np.square(self.center_KC).sum(axis=1)
+        block = max(1, BLOCK_VALUES // len(self.center_KC))
+        for start in range(0, len(feature_ND), block):
+            rows = slice(start, start + block)
+            label_N[rows] = (half_K - self.axes.project(feature_ND[rows].astype(np.float64)) @ self.center_KC.T).argmin(axis=1)
+        return label_N
+
+
+def principal_axes(feature_SD: Real, components: int) -> Axes:
+    """The first `components` principal axes of the rows; the largest entry of each is positive, so that equal rows give equal axes."""
+    from sklearn.decomposition import PCA
+
+    fit = PCA(n_components=components, svd_solver="full").fit(feature_SD.astype(np.float64))
+    return Axes(fit.mean_, fit.components_, fit.explained_variance_)
+
+
+def fitted(feature_SD: Real, components: int, clusters: int, seed: int) -> Clusters:
+    """Axes and centres fitted to the rows: k-means from k-means++ starts that `seed` names; on one thread, so that sums come out alike."""
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    axes = principal_axes(feature_SD, components)
+    with threadpool_limits(1):
+        fit = KMeans(clusters, n_init=1, random_state=seed & 0xFFFFFFFF).fit(axes.project(feature_SD.astype(np.float64)))
+    return Clusters(axes, np.asarray(fit.cluster_centers_, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The pairs of smallest rank among `rows` seen, sorted by rank (uint64)."""
+
+    rows: int
+    rank_S: NDArray[np.uint64]
+    feature_SD: NDArray[np.float32]
+
+    def smallest(self, limit: int) -> Sample:
+        """The `limit` pairs of smallest rank, sorted by it."""
+        order = np.argsort(self.rank_S)[:limit]
+        return Sample(self.rows, self.rank_S[order], self.feature_SD[order])
+
+
+class ClusterFold(Fold):
+    """Fits axes and centres to the `sample` pairs whose keys draw lowest: the same pairs however the pool is cut.
+
+    A partial costs at most `sample (4 D + 8)` bytes, three times that while two are merged.
+    """
+
+    def __init__(self, sample: int, components: int, clusters: int, seed: int) -> None:
+        self.sample, self.components, self.clusters, self.seed = sample, components, clusters, seed
+
+    def map(self, batch: pl.DataFrame, state: Any) -> Sample:
+        """The batch's own sample."""
+        del state
+        rank_N = mix(self.seed, key_hash("curate.sample"), key_hashes(batch["key"]))
+        return Sample(batch.height, rank_N, features_of(batch)).smallest(self.sample)
+
+    def merge(self, left: Sample, right: Sample) -> Sample:
+        """The smallest ranks of both."""
+        joined = np.concatenate([left.feature_SD, right.feature_SD])
+        return Sample(left.rows + right.rows, np.concatenate([left.rank_S, right.rank_S]), joined).smallest(self.sample)
+
+    def finish(self, partial: Sample, state: Any) -> Clusters:
+        """The fit. Raises DataError if there are fewer pairs than clusters, or than axes."""
+        del state
+        held = len(partial.rank_S)
+        least = max(self.clusters, self.components, 2)
+        if held < least:
+            raise DataError.at("Fewer pairs than clusters or axes", "clusters, components", held, f"{least} pairs or more", "lower them")
+        components = min(self.components, partial.feature_SD.shape[1])
+        return fitted(partial.feature_SD, components, self.clusters, self.seed)
+
+
+def features_of(batch: pl.DataFrame) -> NDArray[np.float32]:
+    """The column `feature`, float32 `[N, D]`. Raises DataError if it is missing or holds nulls."""
+    kind = batch.schema.get("feature")
+    if not isinstance(kind, pl.Array) or kind.inner != pl.Float32 or batch["feature"].null_count():
+        raise DataError.at("The batch has no features", "column 'feature'", kind, "Array(Float32, D) without nulls")
+    return np.asarray(batch["feature"].rechunk().to_numpy()).reshape(batch.height, kind.shape[0])
