@@ -38,6 +38,7 @@ TABLE: tuple[Row, ...] = (
     # prune
     Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
     Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
+    Row("smooth-distillation", "prune", "diptych.prune.smooth_distillation:Config", "PairMethod", "Efficient Dataset Distillation through Alignment with Smooth and High-Quality Expert Trajectories (2023)", "learn a few pictures a class that train like the whole set"),
     Row("random-subset", "prune", "diptych.prune.random_subset:Config", "PairMethod", "", "keep a share or a number of pairs, drawn by key: the baseline of pruning"),
     # caption
     Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
@@ -61,6 +62,7 @@ TABLE: tuple[Row, ...] = (
     Row("holistic-robustness", "evaluate", "diptych.evaluate.holistic_robustness:Config", "Benchmark", "Toward a Holistic Evaluation of Robustness in CLIP Models (TPAMI 2025)", "factors, calibration, out-of-distribution and cue conflict in one suite"),
     Row("corruption-robustness", "evaluate", "diptych.evaluate.corruption_robustness:Config", "Benchmark", "Common corruptions (ICLR 2019)", "zero-shot accuracy under 15 corruptions at 5 severities"),
     Row("straggler-sharpness", "evaluate", "diptych.adapt.straggler_sharpness:Config", "Benchmark", "In Search of the Successful Interpolation (2024)", "accuracy, sharpness and unstable layers on the way from zero-shot"),
+    Row("fresh-networks", "evaluate", "diptych.evaluate.fresh_networks:Config", "Benchmark", "Dataset Distillation by Matching Training Trajectories (CVPR 2022)", "accuracy of small classifiers trained anew on the training pairs alone"),
     Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
     # adapters of few-shot
     Row("gda", "adapter", "diptych.adapt.gda:Config", "Adapter", "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation (ICLR 2024)", "class means and one shared covariance beside the zero-shot head"),

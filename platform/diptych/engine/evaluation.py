@@ -98,6 +98,7 @@ class StoredEncoder:
         companions: the same dataset under other checkpoints. A picture that is decoded for one is encoded for all that lack it.
         together: checkpoints that are held in memory at once.
         shared: the loaded checkpoint, where several datasets are measured with it.
+        trained_on: the pairs that the checkpoint was trained on, where the run has them; for benchmarks of the pairs themselves.
     """
 
     model_dir: Path
@@ -107,6 +108,7 @@ class StoredEncoder:
     companions: Sequence[StoredEncoder] = ()
     together: int = 8
     shared: Checkpoint | None = None
+    trained_on: PairDataset | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
