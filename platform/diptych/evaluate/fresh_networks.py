@@ -135,11 +135,11 @@ class FreshNetworks:
         class_N = torch.from_numpy(np.searchsorted(classes, train.label_N))
 
         def batches(_: int) -> Sequence[torch.Tensor]:
-            return torch.from_numpy(draw.permutation(len(class_N))).split(training.batch_size)
+            return torch.split(torch.from_numpy(draw.permutation(len(class_N))), training.batch_size)
 
         recorded = record(net, train_NCHW, class_N, batches, training, lambda batch: siamese.augment(batch, config.augment, draw))
         with torch.no_grad():
-            predicted_N = torch.cat([net(part).argmax(dim=1) for part in test_NCHW.split(256)])
+            predicted_N = torch.cat([net(part).argmax(dim=1) for part in torch.split(test_NCHW, 256)])
         return predicted_N.numpy(), movement(recorded.flat_EP)
 
     def shape(self, classes: int) -> NetShape:

@@ -69,7 +69,7 @@ def flatten(net: nn.Module) -> torch.Tensor:
 def named(net: nn.Module, flat_P: torch.Tensor) -> dict[str, torch.Tensor]:
     """The parts of a flat vector by parameter name, as views."""
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
-    parts = flat_P.split([shape.numel() for shape in shapes.values()])
+    parts = torch.split(flat_P, [shape.numel() for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 

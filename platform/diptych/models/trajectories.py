@@ -63,7 +63,7 @@ def gradient_penalty(net: nn.Module, image_NCHW: torch.Tensor) -> torch.Tensor:
     """
     pixels_NCHW = image_NCHW.detach().requires_grad_(True)
     (slope_NCHW,) = torch.autograd.grad(net(pixels_NCHW).sum(), pixels_NCHW, create_graph=True)
-    return ((slope_NCHW.norm(2, dim=1) - 1) ** 2).mean()
+    return torch.square(torch.linalg.vector_norm(slope_NCHW, dim=1) - 1).mean()
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,14 @@ def decode_square(data: bytes, size: int, channels: int = 3, where: str = "pictu
     """`decode_eval` with the channels first, `[C, size, size]`, for networks of 3 channels or of 1, which see the luma. Raises as it does."""
     square_HWC = decode_eval(data, size, where)
     if channels == 1:
-        square_HWC = np.rint(square_HWC @ np.asarray(LUMA)).astype(np.uint8)[..., None]
+        square_HWC = luma(square_HWC)[..., None]
     return np.ascontiguousarray(square_HWC.transpose(2, 0, 1))
+
+
+def luma(picture_HWC: Pixels) -> Pixels:
+    """Grey levels `[H, W]` of a picture `[H, W, 3]`."""
+    grey_HW: Pixels = np.rint(picture_HWC @ np.asarray(LUMA)).astype(np.uint8)
+    return grey_HW
 
 
 def decode_train(

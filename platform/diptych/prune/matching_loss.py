@@ -51,7 +51,7 @@ def perturbed(net: nn.Module, start_P: torch.Tensor, noise_P: torch.Tensor, alph
 def chunks(orders: Iterator[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
     """Rows of every inner batch: an order of all pictures is cut into chunks, which are taken from its end; then comes the next order."""
     for order_N in orders:
-        yield from reversed(order_N.split(batch_size))
+        yield from reversed(torch.split(order_N, batch_size))
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def _expert(
     net = convnet.create(shape, int(draw.integers(2**63)))
 
     def batches(_: int) -> Sequence[torch.Tensor]:
-        return torch.from_numpy(draw.permutation(len(class_N))).split(config.expert.batch_size)
+        return torch.split(torch.from_numpy(draw.permutation(len(class_N))), config.expert.batch_size)
 
     return record(net, image_NCHW, class_N, batches, config.expert, lambda batch: siamese.augment(batch, config.augment, draw)).flat_EP
 
@@ -242,7 +242,9 @@ def _start(
     if config.init == "representative":
         with torch.no_grad():
             last_P = trajectories[int(generator(seed, "distil representatives").integers(len(trajectories)))][-1]
-            logit_NK = torch.cat([convnet.run(convnet.create(shape, 0), last_P, part) for part in image_NCHW.split(256)]).double().numpy()
+            logit_NK = (
+                torch.cat([convnet.run(convnet.create(shape, 0), last_P, part) for part in torch.split(image_NCHW, 256)]).double().numpy()
+            )
     else:
         draw_N = uniform(seed, key_hashes(real.keys))
     for label in range(shape.classes):
