@@ -6,7 +6,7 @@ Report it beside zero-shot figures: captions that describe better can name worse
 Source: Vasu et al., CLIP with Quality Captions: A Strong Pretraining for Vision Tasks (2024), section 4. There is no official code; frozen
 features and a single layer are our small version of the paper's decoders.
 
-Shape legend: N pictures, D feature width, h x w the tower's last feature map, G x G cells of the labels, K classes, F features a cell.
+Shape legend: N pictures, D feature width, h x w the tower's last feature map, G x G cells of the labels, K classes, M places or cells.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config(BaseConfig):
     shots: tuple[int, ...] | None = Field(
         None, min_length=1, description="labelled pictures to fit with, drawn by key, one probe each; null: all"
     )
-    l2: float = Field(1e-3, gt=0, description="weight of the squared norm of the layer's weights, of standardised features")
+    l2: float = Field(1e-2, gt=0, description="weight of the squared norm of the layer's weights, of standardised features")
     size_px: int | None = Field(
         None, ge=8, le=2048, description="side of the pictures in pixels, if not the model's own: its position table is resized (ViT only)"
     )
@@ -102,9 +102,9 @@ def resized_positions(position_LD: torch.Tensor, grid: int) -> torch.Tensor:
     return torch.cat([position_LD[:1], new_1Dgg[0].flatten(1).T])
 
 
-def cell_features(map_NhwD: Floats, grid: int) -> Floats:
-    """The features of each cell, `[N, G * G, F]`: those of all its places, one after another. Raises DataError where cells cut places."""
-    count, height, width, size = map_NhwD.shape
+def by_place(label_NG: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """The label of the cell in which each place of the map lies, `[N, h, w]`. Raises DataError where cells cut places."""
+    grid = int(label_NG.shape[1] ** 0.5)
     if height % grid or width % grid:
         raise DataError.at(
             "The feature map does not divide into the cells of the labels",
@@ -112,26 +112,31 @@ def cell_features(map_NhwD: Floats, grid: int) -> Floats:
             f"{grid} x {grid} cells",
             f"divisors of {height} x {width}",
         )
-    tall, wide = height // grid, width // grid
-    parts = map_NhwD.reshape(count, grid, tall, grid, wide, size).transpose(0, 1, 3, 2, 4, 5)
-    return np.ascontiguousarray(parts.reshape(count, grid * grid, tall * wide * size))
+    return np.asarray(label_NG.reshape(-1, grid, grid).repeat(height // grid, axis=1).repeat(width // grid, axis=2))
+
+
+def by_cell(value_NhwK: Floats, grid: int) -> Floats:
+    """The mean over the places of each cell, `[N, G * G, K]`."""
+    count, height, width, size = value_NhwK.shape
+    parts = value_NhwK.reshape(count, grid, height // grid, grid, width // grid, size)
+    return np.asarray(parts.mean(axis=(2, 4)).reshape(count, grid * grid, size))
 
 
 # ---------------------------------------------------------------- the probe
 
 
-def standardised(fit_MF: Floats, test_MF: Floats) -> tuple[Floats, Floats]:
+def standardised(fit_MD: Floats, test_MD: Floats) -> tuple[Floats, Floats]:
     """Both by mean and deviation of the first, so that nothing of the test is used. Features that do not vary are left at zero."""
-    mean_F, std_F = fit_MF.mean(axis=0), fit_MF.std(axis=0)
-    scale_F = np.where(std_F > LEAST_STD, 1 / np.maximum(std_F, LEAST_STD), 0.0).astype(np.float32)
-    return (fit_MF - mean_F) * scale_F, (test_MF - mean_F) * scale_F
+    mean_D, std_D = fit_MD.mean(axis=0), fit_MD.std(axis=0)
+    scale_D = np.where(std_D > LEAST_STD, 1 / np.maximum(std_D, LEAST_STD), 0.0).astype(np.float32)
+    return (fit_MD - mean_D) * scale_D, (test_MD - mean_D) * scale_D
 
 
-def fit_classes(feature_MF: Floats, label_M: NDArray[np.int64], classes: int, l2: float) -> tuple[Floats, Floats]:
-    """Multinomial logistic regression by L-BFGS: weights `[F, K]` and biases `[K]`. The bias is not drawn to zero."""
+def fit_classes(feature_MD: Floats, label_M: NDArray[np.int64], classes: int, l2: float) -> tuple[Floats, Floats]:
+    """Multinomial logistic regression by L-BFGS: weights `[D, K]` and biases `[K]`. The bias is not drawn to zero."""
     import torch
 
-    x, y = torch.from_numpy(feature_MF), torch.from_numpy(label_M)
+    x, y = torch.from_numpy(feature_MD), torch.from_numpy(label_M)
     weight, bias = torch.zeros(x.shape[1], classes, requires_grad=True), torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
 
@@ -145,12 +150,12 @@ def fit_classes(feature_MF: Floats, label_M: NDArray[np.int64], classes: int, l2
     return weight.detach().numpy(), bias.detach().numpy()
 
 
-def fit_values(feature_MF: Floats, value_M: NDArray[np.floating[Any]], l2: float) -> tuple[Floats, float]:
-    """Ridge regression: weights `[F]` and the bias, for values of any unit."""
+def fit_values(feature_MD: Floats, value_M: NDArray[np.floating[Any]], l2: float) -> tuple[Floats, float]:
+    """Ridge regression: weights `[D]` and the bias, for values of any unit."""
     mean = float(value_M.mean())
-    x, y = feature_MF.astype(np.float64), np.asarray(value_M, np.float64) - mean
-    weight_F = np.linalg.solve(x.T @ x / len(x) + l2 * np.eye(x.shape[1]), x.T @ y / len(x))
-    return weight_F.astype(np.float32), mean
+    x, y = feature_MD.astype(np.float64), np.asarray(value_M, np.float64) - mean
+    weight_D = np.linalg.solve(x.T @ x / len(x) + l2 * np.eye(x.shape[1]), x.T @ y / len(x))
+    return weight_D.astype(np.float32), mean
 
 
 def mean_iou(predicted_M: NDArray[np.int64], label_M: NDArray[np.int64], classes: int) -> float:
@@ -188,12 +193,11 @@ class DenseProbe:
         self.config = config
 
     def run(self, encoder: Encoder, pairs: pl.DataFrame, name: str, seed: int) -> list[Metric]:
-        """The rows for the set `name`. Raises DataError as `of_split`, `dense_labels`, `dense_features` and `cell_features` do."""
+        """The rows for the set `name`. Raises DataError as `of_split`, `dense_labels`, `dense_features` and `by_place` do."""
         config = self.config
         fit, test = of_split(pairs, config.fit), of_split(pairs, config.split)
         fit_NG, test_NG = dense_labels(fit, config.cells), dense_labels(test, config.cells)
-        grid = int(fit_NG.shape[1] ** 0.5)
-        fit_NGF, test_NGF = (self._features(encoder, rows, grid) for rows in (fit, test))
+        fit_NhwD, test_NhwD = self._maps(encoder, fit), self._maps(encoder, test)
         settings = {**config.model_dump(exclude={"method", "task", "shots"}), **preprocessing(encoder)}
         metrics = []
         order = np.argsort(uniform(seed, key_hashes(fit["key"])), kind="stable")
@@ -202,41 +206,41 @@ class DenseProbe:
                 raise ConfigError.at("More shots than labelled pictures", "shots", shots, f"at most {len(fit)}")
             rows = Rows(name, config.task, test["key"].to_list(), seed, {**settings, "pictures": shots})
             chosen, ending = np.sort(order[:shots]), f"_{shots}" if config.shots else ""
-            metrics += self._measured(rows, fit_NGF[chosen], fit_NG[chosen], test_NGF, test_NG, ending)
+            metrics += self._measured(rows, fit_NhwD[chosen], fit_NG[chosen], test_NhwD, test_NG, ending)
         return metrics
 
     def _measured(
-        self, rows: Rows, fit_NGF: Floats, fit_NG: NDArray[Any], test_NGF: Floats, test_NG: NDArray[Any], ending: str
+        self, rows: Rows, fit_NhwD: Floats, fit_NG: NDArray[Any], test_NhwD: Floats, test_NG: NDArray[Any], ending: str
     ) -> list[Metric]:
-        """One probe's figures; `ending` is that of their names."""
-        size = fit_NGF.shape[-1]
-        fit_MF, test_MF = standardised(fit_NGF.reshape(-1, size), test_NGF.reshape(-1, size))
+        """One probe's figures; `ending` is that of their names. The layer sees one place at a time; a cell gets the mean of its places."""
+        _, height, width, size = test_NhwD.shape
+        label_M = by_place(fit_NG, height, width).ravel()
+        fit_MD, test_MD = standardised(fit_NhwD.reshape(-1, size), test_NhwD.reshape(-1, size))
+        grid, shape = int(test_NG.shape[1] ** 0.5), test_NhwD.shape[:3]
         if np.issubdtype(fit_NG.dtype, np.floating):
-            weight_F, bias = fit_values(fit_MF, fit_NG.ravel(), self.config.l2)
-            error_N = ((test_MF @ weight_F + bias).reshape(test_NG.shape) - test_NG).astype(np.float64) ** 2
-            mse = rows.mean(f"mse{ending}", error_N.mean(axis=1))
+            weight_D, bias = fit_values(fit_MD, label_M, self.config.l2)
+            error_NG = by_cell((test_MD @ weight_D + bias).reshape(*shape, 1), grid)[..., 0] - test_NG
+            mse = rows.mean(f"mse{ending}", (error_NG.astype(np.float64) ** 2).mean(axis=1))
             root = [float(np.sqrt(value)) for value in (mse.value, mse.low, mse.high)]
             return [mse, Metric(rows.set, rows.task, f"rmse{ending}", root[0], mse.n, root[1], root[2], rows.settings)]
-        names, index = np.unique(np.concatenate([fit_NG.ravel(), test_NG.ravel()]), return_inverse=True)
-        fit_M, test_M = index[: fit_NG.size], index[fit_NG.size :]
-        weight_FK, bias_K = fit_classes(fit_MF, fit_M, len(names), self.config.l2)
-        predicted_M = (test_MF @ weight_FK + bias_K).argmax(axis=1)
-        right_N = (predicted_M == test_M).reshape(test_NG.shape).mean(axis=1)
-        iou = mean_iou(predicted_M, test_M, len(names))
+        names = np.union1d(fit_NG, test_NG)
+        weight_DK, bias_K = fit_classes(fit_MD, np.searchsorted(names, label_M), len(names), self.config.l2)
+        predicted_NG = by_cell((test_MD @ weight_DK + bias_K).reshape(*shape, len(names)), grid).argmax(axis=-1)
+        index_NG = np.searchsorted(names, test_NG)
+        iou = mean_iou(predicted_NG.ravel(), index_NG.ravel(), len(names))
         return [
-            rows.mean(f"acc1{ending}", right_N),
+            rows.mean(f"acc1{ending}", (predicted_NG == index_NG).mean(axis=1)),
             Metric(rows.set, rows.task, f"miou{ending}", iou, len(rows.keys), iou, iou, rows.settings),
         ]
 
-    def _features(self, encoder: Encoder, rows: pl.DataFrame, grid: int) -> Floats:
-        """`[N, G * G, F]` of the rows' pictures."""
+    def _maps(self, encoder: Encoder, rows: pl.DataFrame) -> Floats:
+        """The feature maps `[N, h, w, D]` of the rows' pictures."""
         model, load_pixels = getattr(encoder, "model", None), getattr(encoder, "load_pixels", None)
         if model is None or load_pixels is None:
             raise DataError.at(
                 "The encoder gives no model to look into", "encoder", type(encoder).__name__, "one with model and load_pixels"
             )
-        blocks = (load_pixels(rows[at : at + READ]) for at in range(0, len(rows), READ))
-        return np.concatenate([cell_features(self._map(model, image_NCHW), grid) for image_NCHW in blocks])
+        return np.concatenate([self._map(model, load_pixels(rows[at : at + READ])) for at in range(0, len(rows), READ)])
 
     def _map(self, model: DualEncoder, image_NCHW: NDArray[np.uint8]) -> Floats:
         """The feature maps of pictures at `size_px`."""
