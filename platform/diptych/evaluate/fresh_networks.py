@@ -97,7 +97,11 @@ class FreshNetworks:
         dataset: PairDataset | None = getattr(encoder, "dataset", None)
         if trained_on is None or dataset is None:
             raise ConfigError.at(
-                "The training pairs are not at hand", "evaluate.benchmarks", TASK, "the set of the workflow itself", "not a further set"
+                "The training pairs are not at hand",
+                "evaluate.benchmarks",
+                TASK,
+                "the evaluation of a workflow's own model",
+                "not a matrix or a sweep",
             )
         rows = trained_on.read().filter(pl.col("split") == "train")
         train, test = labelled(rows, trained_on, self.config), labelled(of_split(pairs, self.config.split), dataset, self.config)

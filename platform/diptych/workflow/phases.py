@@ -258,7 +258,7 @@ def _calibration(bench: Bench, encoder: Any, rows: int = 256) -> list[Mapping[st
 def _evaluate(bench: Bench) -> Figures:
     workflow, out = bench.workflow, bench.folder("evaluate")
     encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest", verify=True), bench.cache / "encoded")
-    encoder.trained_on = bench.dataset("caption")
+    encoder.training = bench.folder("caption")
     name = str(workflow.source.plain()["method"])
     measured = [measured_on(encoder, name, workflow.benchmarks, workflow.seed)]
     for one in workflow.sets:
