@@ -227,3 +227,20 @@ def test_wrong_configurations_are_refused() -> None:
     ):
         with pytest.raises(ConfigError):
             Config.parse({**FEW, **wrong})
+
+
+def test_cells_are_labelled_where_the_shape_is() -> None:
+    looks = {split: {"noise": 0.0, "turn_deg": 40.0} for split in ("train", "test")}
+    plain, pairs = read(looks=looks), read(looks=looks, cells=16)
+    assert [pair.image for pair in plain] == [pair.image for pair in pairs]
+    for pair in pairs:
+        shape, colour, background, _ = seen(pair)
+        inked = np.abs(pixels(pair).astype(float) - render(shape, colour, background, 0.01)[0, 0]).max(axis=2)
+        cells = np.asarray(pair.extra["meta.cells"]).reshape(16, 16)
+        assert set(np.unique(cells)) == {0, pair.extra["label"] + 1}
+        assert (inked[cells > 0] > 30).all(), "a cell of the shape has its colour"
+        assert (inked[cells == 0] == 0).mean() > 0.8, "most others have the background's"
+    coarse = read(looks=looks, cells=4)[0].extra["meta.cells"]
+    assert len(coarse) == 16
+    with pytest.raises(ConfigError, match="do not divide"):
+        Config.parse({"cells": 5})
