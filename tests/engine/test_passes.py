@@ -11,7 +11,7 @@ import pytest
 
 from diptych.core import catalogue
 from diptych.core.config import Config
-from diptych.core.errors import DataError
+from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import PairMethod, Verdict
 from diptych.engine import passes
 from diptych.engine.features import FeatureSpec
@@ -148,3 +148,31 @@ def test_a_restart_repeats_only_the_table_in_flight(pairs: PairDataset, tmp_path
     trains = sum(pl.read_parquet(path)["split"].eq("train").any() for path in pairs.tables())
     assert len(list(tmp_path.glob("mark-*"))) == len(pairs.tables()) + 1 >= trains
     assert not list((tmp_path / "scratch").iterdir()), "finished pieces are removed at the end"
+
+
+# ---------------------------------------------------------------- methods that paint
+
+DISTIL: dict[str, Any] = {
+    "method": "smooth-distillation", "size_px": 8, "channels": 1, "width": 2, "depth": 1, "experts": 1, "max_start": 1, "expert_epochs": 1,
+    "steps": 1, "iterations": 2, "expert": {"epochs": 2, "gradient_penalty": 0.0}, "pixel_lr": 100.0,
+}  # fmt: skip
+
+
+def test_painted_pictures_are_packed_and_the_ledger_holds(pairs: PairDataset, tmp_path: Path) -> None:
+    result = go(pairs, tmp_path / "out", here(), [config(DISTIL), config({"method": "random-subset", "count": 6})])
+    train, test = (result.read().filter(pl.col("split") == split) for split in ("train", "test"))
+    assert result.manifest.ledger.pairs_in == len(pairs)
+    assert (train.height, test.height) == (6, 597)
+    assert set(train["image"].struct.field("shard").str.head(6)) == {"prune-"}
+    assert not test["image"].struct.field("shard").str.starts_with("prune-").any()
+    assert all(data.startswith(b"\x89PNG") for data in result.reader().read_column(train["image"]))
+    original = pairs.read().join(train.select("key"), on="key", how="semi", maintain_order="left")
+    assert pairs.reader().read_column(original["image"]) != result.reader().read_column(train["image"])
+    assert [name for name in train.columns if name.startswith("_") or name == "pixels"] == []
+    assert go(result, tmp_path / "next", here(), [], "caption").read().equals(result.read()), "the next phase finds the pictures"
+    result.verify_shards()
+
+
+def test_new_pictures_cannot_be_looked_at_in_the_phase_that_makes_them(pairs: PairDataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot see the pictures"):
+        go(pairs, tmp_path / "out", here(), [config(DISTIL), config(CHAIN[0])])

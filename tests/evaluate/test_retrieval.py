@@ -195,3 +195,20 @@ def test_examples_are_a_handful_of_both_kinds(world):
 def test_configurations_that_cannot_be_meant(data):
     with pytest.raises(ConfigError):
         Config.parse(data)
+
+
+def test_texts_that_pictures_share(pairs_of, table_encoder):
+    looks = {"wide": np.array([1.0, 0]), "narrow": np.array([0, 1.0])}
+    shown = {"a": "wide", "b": "wide", "c": "narrow", "d": "narrow"}
+    pairs = pairs_of(list(shown), [["x"]] * 4, look=list(shown.values()))
+    image_of = {key: looks[text] + np.array([0.1, 0.3]) for key, text in shown.items()}
+    image_of["d"] = np.array([1.0, 0])  # looks wide and is called narrow
+    model = table_encoder(image_of, lambda text: looks[text])
+    rows = {row.metric: row for row in Config(column="look", task="looks", ks=(1, 2)).build().run(model, pairs, "s", 0)}
+    assert {row.task for row in rows.values()} == {"looks"}
+    assert dict(zip(rows["image_to_text_r1"].keys, rows["image_to_text_r1"].per_example, strict=True)) == {"a": 1, "b": 1, "c": 1, "d": 0}
+    assert dict(zip(rows["text_to_image_r1"].keys, rows["text_to_image_r1"].per_example, strict=True)) == {"wide": 0, "narrow": 1}
+    assert rows["text_to_image_r2"].value == 1, "any picture with an equal text is a find"
+    for wrong in ("nothing", "captions"):
+        with pytest.raises(DataError, match="cannot be searched by that column"):
+            Config(column=wrong).build().run(model, pairs, "s", 0)

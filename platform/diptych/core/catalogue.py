@@ -32,6 +32,7 @@ TABLE: tuple[Row, ...] = (
     Row("folder", "ingest", "diptych.pairs.sources.folder:Config", "Source", "", "a folder of images with a CSV, TSV or JSONL table"),
     Row("hf", "ingest", "diptych.pairs.sources.hf:Config", "Source", "🤗 Datasets", "a data set saved to disk by 🤗 Datasets"),
     Row("digits", "ingest", "diptych.pairs.sources.digits:Config", "Source", "UCI optical digits", "real 8x8 handwritten digits with captions, the claims' pool"),
+    Row("digit-scenes", "ingest", "diptych.pairs.sources.digit_scenes:Config", "Source", "UCI optical digits", "scenes of four digits with poor or good texts and dense labels"),
     Row("shapes", "ingest", "diptych.pairs.sources.shapes:Config", "Source", "", "rendered shapes with texts, all factors known: targets, foils, look-alikes, cue conflicts"),
     Row("biomedclip", "ingest", "diptych.pairs.sources.biomedclip:Config", "Source", "BiomedCLIP (2023)", "article packages (JATS XML and figures) as PMC-15M: figures with their whole captions"),
     Row("biomedica", "ingest", "diptych.pairs.sources.biomedica:Config", "Source", "BIOMEDICA (CVPR 2025)", "article packages with all metadata: citing paragraphs, licence, panels, subjects, pixel hash"),
@@ -43,9 +44,11 @@ TABLE: tuple[Row, ...] = (
     # prune
     Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
     Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
+    Row("smooth-distillation", "prune", "diptych.prune.smooth_distillation:Config", "PairMethod", "Efficient Dataset Distillation through Alignment with Smooth and High-Quality Expert Trajectories (2023)", "learn a few pictures a class that train like the whole set"),
     Row("random-subset", "prune", "diptych.prune.random_subset:Config", "PairMethod", "", "keep a share or a number of pairs, drawn by key: the baseline of pruning"),
     # caption
     Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
+    Row("veclip", "caption", "diptych.caption.veclip:Config", "PairMethod", "VeCLIP: Improving CLIP Training via Visual-enriched Captions (ECCV 2024)", "describe pictures, fuse that with the alt text, train on a mixture of both"),
     # train
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
@@ -81,6 +84,8 @@ TABLE: tuple[Row, ...] = (
     Row("holistic-robustness", "evaluate", "diptych.evaluate.holistic_robustness:Config", "Benchmark", "Toward a Holistic Evaluation of Robustness in CLIP Models (TPAMI 2025)", "factors, calibration, out-of-distribution and cue conflict in one suite"),
     Row("corruption-robustness", "evaluate", "diptych.evaluate.corruption_robustness:Config", "Benchmark", "Common corruptions (ICLR 2019)", "zero-shot accuracy under 15 corruptions at 5 severities"),
     Row("straggler-sharpness", "evaluate", "diptych.adapt.straggler_sharpness:Config", "Benchmark", "In Search of the Successful Interpolation (2024)", "accuracy, sharpness and unstable layers on the way from zero-shot"),
+    Row("quality-captions", "evaluate", "diptych.evaluate.quality_captions:Config", "Benchmark", "CLIP with Quality Captions: A Strong Pretraining for Vision Tasks (2024)", "a linear probe on the frozen feature map: what captions do to dense prediction"),
+    Row("fresh-networks", "evaluate", "diptych.evaluate.fresh_networks:Config", "Benchmark", "Dataset Distillation by Matching Training Trajectories (CVPR 2022)", "accuracy of small classifiers trained anew on the training pairs alone"),
     Row("retrieval", "evaluate", "diptych.evaluate.retrieval:Config", "Benchmark", "CLIP (2021)", "find the image by its text and the text by its image"),
     Row("contrastive-loss", "evaluate", "diptych.evaluate.contrastive_loss:Config", "Benchmark", "CLIP (2021)", "the loss on pairs that were not trained on"),
     Row("alignment", "evaluate", "diptych.evaluate.alignment:Config", "Benchmark", "Alignment and Uniformity on the Hypersphere (ICML 2020)", "how close pairs lie, how evenly all spread, how far the modalities are apart"),

@@ -59,7 +59,7 @@ class Verdict:
     """What a method decided on a batch. Every row of the batch is in exactly one of the two frames.
 
     Attributes:
-        kept: the rows that stay, with the columns they came with; captions or new columns may differ.
+        kept: the rows that stay, with the columns they came with; captions, new columns and, for a method that paints, `pixels` may differ.
         rejected: `key` (str), `reason` (str, short and countable), `score` (float, may be null).
     """
 
@@ -90,9 +90,12 @@ class PairMethod(ABC):
     A batch is a polars frame of the pair table (`pairs/schema.py`). `needs` lists what else it must hold:
     `"pixels"` adds the column `pixels` (the encoded image, binary), `"features"` adds the column `feature`
     (`Array(Float32, D)`, L2-normalised). Decisions depend on `(seed, key)` and content, never on order.
+
+    A method that `paints` may give a kept row another picture: what its `pixels` then hold is packed into shards of the new dataset.
     """
 
     needs: frozenset[Need] = frozenset({"captions"})
+    paints: bool = False
 
     def folds(self) -> Sequence[Fold]:
         """The reductions to run before `apply`, in order."""

@@ -98,6 +98,7 @@ class StoredEncoder:
         companions: the same dataset under other checkpoints. A picture that is decoded for one is encoded for all that lack it.
         together: checkpoints that are held in memory at once.
         shared: the loaded checkpoint, where several datasets are measured with it.
+        training: the folder of the pairs that the checkpoint was trained on, for benchmarks of the pairs themselves.
     """
 
     model_dir: Path
@@ -107,11 +108,17 @@ class StoredEncoder:
     companions: Sequence[StoredEncoder] = ()
     together: int = 8
     shared: Checkpoint | None = None
+    training: Path | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The model and what is known of it without loading it."""
         return self.shared or Checkpoint(self.model_dir, self.cache)
+
+    @cached_property
+    def trained_on(self) -> PairDataset | None:
+        """The pairs that the checkpoint was trained on, where it is known. Raises DataError if they are not there any more."""
+        return None if self.training is None else PairDataset.open(self.training)
 
     @property
     def identity(self) -> str:

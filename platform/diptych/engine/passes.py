@@ -18,18 +18,21 @@ import polars as pl
 
 from diptych.core import digest
 from diptych.core.config import Config
-from diptych.core.errors import DataError
-from diptych.core.points import Fold, PairMethod
+from diptych.core.errors import ConfigError, DataError
+from diptych.core.points import Fold, PairMethod, Verdict
 from diptych.engine import features
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 from diptych.pairs.dataset import PairDataset
-from diptych.pairs.manifest import PhaseRecord
-from diptych.pairs.shards import ShardReader
+from diptych.pairs.image import EXTENSIONS, verify
+from diptych.pairs.manifest import PhaseRecord, ShardEntry
+from diptych.pairs.shards import ShardReader, ShardWriter
 from diptych.pairs.write import DatasetWriter
 
 BUCKET_BYTES = 96 * 2**20
 FEATURE = "_feature."
+PAINTED = "_painted"
+"""The scratch column of new pictures, encoded; null where a pair keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def run(
     if finished := sum(1 for _ in work.glob("*/*.*")):
         progress.note(f"{phase} continues from {finished:,} finished pieces")
     work.mkdir(parents=True, exist_ok=True)
+    _check_painting(configs, phase, seed)
     tables = list(session.map(_TrainRows(work), list(enumerate(source.tables())))) if configs else source.tables()
     reports: dict[str, Any] = {}
     for position, config in enumerate(configs):
@@ -93,6 +97,19 @@ def run(
     dataset = _assemble(source, tables, work, len(configs), record, out)
     shutil.rmtree(work)
     return dataset
+
+
+def _check_painting(configs: Sequence[Config], phase: str, seed: int) -> None:
+    """Refuses a method that looks at pictures behind one that paints: new pictures lie in shards at the end of the phase only."""
+    methods: list[PairMethod] = [config.build(seed) for config in configs] if len(configs) > 1 else []  # type: ignore[attr-defined]
+    painter = next((place for place, method in enumerate(methods) if method.paints), len(methods))
+    for place, method in enumerate(methods[painter + 1 :], start=painter + 1):
+        if {"pixels", "features"} & method.needs:
+            name, before = (str(configs[at].plain()["method"]) for at in (place, painter))
+            raise ConfigError.at(
+                "A method cannot see the pictures that another one made", f"{phase}.{place}", name,
+                f"a method that needs no pictures behind {before}", "put it before, or into the next phase",
+            )  # fmt: skip
 
 
 def count(configs: Sequence[Config], seed: int) -> int:
@@ -110,10 +127,25 @@ def _assemble(source: PairDataset, tables: Sequence[Path], work: Path, methods: 
     with DatasetWriter(out, record, [source.digest], source.manifest.shards, pairs_in=len(source), shards_root=source.root) as writer:
         for index, table in enumerate(tables):
             frame = _with_held_out(pl.read_parquet(table), source.tables()[index]) if methods else pl.read_parquet(table)
+            if PAINTED in frame.columns:
+                frame, shards = _packed(frame, writer.shards_folder, f"{record.phase}-{index:05d}")
+                writer.add_shards(shards)
             kept = frame.drop([name for name in frame.columns if name.startswith(("_", FEATURE))])
             left = [pl.read_parquet(path) for path in by_table.get(f"{index:05d}", [])]
             writer.add(kept, pl.concat(left) if left else None)
         return writer.finish()
+
+
+def _packed(frame: pl.DataFrame, folder: Path, prefix: str) -> tuple[pl.DataFrame, Mapping[str, ShardEntry]]:
+    """The frame with `image` pointing to its new pictures, which are packed into shards, and those shards."""
+    places = frame["image"].to_list()
+    with ShardWriter(folder, prefix) as writer:
+        for row, (key, data) in enumerate(frame.select("key", PAINTED).iter_rows()):
+            if data is not None:
+                info = verify(data)
+                places[row] = {**writer.add(key, EXTENSIONS[info.format], data), "width": info.width, "height": info.height}
+        shards = writer.done()
+    return frame.with_columns(pl.Series("image", places, dtype=frame.schema["image"])), shards
 
 
 def _with_held_out(train: pl.DataFrame, table: Path) -> pl.DataFrame:
@@ -197,7 +229,7 @@ def _memory_bytes(path: Path) -> int:
 
 def _batch(place: Place, frame: pl.DataFrame, method: PairMethod) -> pl.DataFrame:
     """The frame as the method sees it: `feature` and `pixels` added when needed, other scratch columns hidden."""
-    batch = frame.drop([name for name in frame.columns if name.startswith(FEATURE) and name != place.column])
+    batch = frame.drop([name for name in frame.columns if name == PAINTED or (name.startswith(FEATURE) and name != place.column)])
     if "features" in method.needs:
         batch = batch.rename({place.column: "feature"})
     if "pixels" in method.needs:
@@ -205,10 +237,23 @@ def _batch(place: Place, frame: pl.DataFrame, method: PairMethod) -> pl.DataFram
     return batch
 
 
+def _decided(place: Place, frame: pl.DataFrame, method: PairMethod, state: Any) -> Verdict:
+    """The method's verdict; pictures that it made stand in the scratch column of the rows that are kept."""
+    batch = _batch(place, frame, method)
+    verdict = method.apply(batch, state)
+    _check(place, frame, verdict.kept, verdict.rejected)
+    if not method.paints:
+        return verdict
+    before = batch.select("key", pl.col("pixels").alias(PAINTED))
+    kept = verdict.kept.join(before, on="key", how="left", maintain_order="left")
+    own = pl.when(pl.col("pixels") != pl.col(PAINTED)).then(pl.col("pixels"))
+    return Verdict(kept.with_columns(own.alias(PAINTED)), verdict.rejected)
+
+
 def _restore(place: Place, before: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
     """The kept rows with their scratch columns back, in the order they came in."""
     kept = kept.drop([name for name in ("feature", "pixels", "group") if name in kept.columns])
-    hidden = [name for name in before.columns if name.startswith(FEATURE)]
+    hidden = [name for name in before.columns if name.startswith((FEATURE, PAINTED)) and name not in kept.columns]
     order = before.select("key", *hidden).with_row_index("_order")
     return order.join(kept, on="key", how="inner").sort("_order").select(*kept.columns, *hidden)
 
@@ -296,8 +341,7 @@ class _Apply:
             return path
         frame = pl.read_parquet(table)
         method = self.place.build()
-        verdict = method.apply(_batch(self.place, frame, method), self.state)
-        _check(self.place, frame, verdict.kept, verdict.rejected)
+        verdict = _decided(self.place, frame, method, self.state)
         if verdict.rejected.height:
             _write(_left(self.place, frame, verdict.rejected), self.place.scratch / f"left-{index:05d}.parquet")
         return _write(_restore(self.place, frame, verdict.kept), path)
@@ -344,8 +388,7 @@ class _Decide:
         if parts:
             frame = pl.concat([pl.read_parquet(path) for path in parts]).sort("group", maintain_order=True)
             method = self.place.build()
-            verdict = method.apply(_batch(self.place, frame.drop("_table"), method), self.state)
-            _check(self.place, frame, verdict.kept, verdict.rejected)
+            verdict = _decided(self.place, frame.drop("_table"), method, self.state)
             tables = frame.select("key", "_table")
             drop = [name for name in ("feature", "pixels", "group") if name in verdict.kept.columns]
             self._hand_back(verdict.kept.drop(drop).join(tables, on="key"), "decided-kept", bucket)

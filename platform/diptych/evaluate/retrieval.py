@@ -42,6 +42,14 @@ class Config(BaseConfig):
     prefix: str = Field("", description='put before every caption; the paper uses "a photo of "')
     captions: Literal["first", "all"] = Field("all", description="which captions of a pair are searched for and found")
     ks: tuple[int, ...] = Field((1, 5, 10), min_length=1, description="k of the recalls")
+    column: str | None = Field(
+        None,
+        min_length=1,
+        description="search by the text in this column instead of captions; every picture with an equal text is as good a find",
+    )
+    task: str = Field(
+        TASK, pattern=r"^[a-z0-9][a-z0-9-]*$", description="the figures' name between set and metric, where one set is searched twice"
+    )
     pool: int | None = Field(None, ge=2, description="search among this many pairs, drawn by key, instead of the whole split")
 
     @field_validator("ks")
@@ -172,6 +180,21 @@ def _places(value: NDArray[Any]) -> Index:
     return place
 
 
+def shared_gallery(pairs: pl.DataFrame, config: Config) -> Gallery:
+    """The searched images and the distinct texts of `column`; `image_of_M` is, the other way round, the text of each image, int64 `[N]`.
+
+    Raises DataError for an unknown split, and for a column that is not there, holds no texts, or lacks some.
+    """
+    rows = _pool(of_split(pairs, config.split), config.pool)
+    name = config.column
+    if name not in rows.columns or rows[name].dtype != pl.String or rows[name].null_count():
+        got = "no such column" if name not in rows.columns else f"{rows[name].dtype}, {rows[name].null_count()} nulls"
+        raise DataError.at("The pairs cannot be searched by that column", name, got, "a column of texts, one a pair")
+    found, text_of_N = np.unique(rows[name].to_numpy(), return_inverse=True)
+    order_N, order_M = _places(key_hashes(rows["key"].to_list())), _places(key_hashes(found.tolist()))
+    return Gallery(rows, [config.prefix + text for text in found], text_of_N.astype(np.int64), order_N, order_M)
+
+
 # ---------------------------------------------------------------- the benchmark
 
 
@@ -187,17 +210,19 @@ class Retrieval:
 
     def run(self, encoder: Encoder, pairs: pl.DataFrame, name: str, seed: int) -> list[Metric]:
         """The rows for the set `name`. Raises as `gallery` does."""
-        found = gallery(pairs, self.config)
-        settings = self.settings(encoder, found)
+        shared = self.config.column is not None
+        found = shared_gallery(pairs, self.config) if shared else gallery(pairs, self.config)
+        settings, task = self.settings(encoder, found), self.config.task
         keys = found.pairs["key"].to_list()
-        query_keys = {"image_to_text": keys, "text_to_image": text_keys(keys, found.image_of_M)}
-        ranks = _ranks(encoder, found)
-        return [row for way in DIRECTIONS for row in self._metrics(way, ranks[way], Rows(name, TASK, query_keys[way], seed, settings))]
+        query_keys = {"image_to_text": keys, "text_to_image": found.texts if shared else text_keys(keys, found.image_of_M)}
+        ranks = _shared_ranks(encoder, found) if shared else _ranks(encoder, found)
+        return [row for way in DIRECTIONS for row in self._metrics(way, ranks[way], Rows(name, task, query_keys[way], seed, settings))]
 
     def settings(self, encoder: Encoder, found: Gallery) -> dict[str, Any]:
         """What must be equal for two rows to be comparable."""
         return {
             **self.config.model_dump(include={"split", "prefix", "captions"}),
+            **({"column": self.config.column} if self.config.column else {}),
             "images": len(found.pairs),
             "texts": len(found.texts),
             "duplicate_texts": found.duplicate_texts,
@@ -209,7 +234,7 @@ class Retrieval:
         return [
             *(rows.mean(f"{way}_r{k}", (rank < k).astype(np.float32)) for k in self.config.ks),
             rows.mean(f"{way}_mrr", 1 / (rank + 1)),
-            Metric(rows.set, TASK, f"{way}_median_rank", float(np.median(rank + 1)), len(rank), low, high, rows.settings),
+            Metric(rows.set, rows.task, f"{way}_median_rank", float(np.median(rank + 1)), len(rank), low, high, rows.settings),
         ]
 
 
@@ -224,6 +249,15 @@ def _ranks(encoder: Encoder, found: Gallery) -> dict[Direction, Index]:
     return {
         "text_to_image": text_to_image_ranks(text_MD, image_ND, found.image_of_M, found.order_N),
         "image_to_text": image_to_text_ranks(image_ND, text_MD, found.image_of_M, found.order_M),
+    }
+
+
+def _shared_ranks(encoder: Encoder, found: Gallery) -> dict[Direction, Index]:
+    """Texts that several images share: a text's best image stands to it as an image's best caption stands to the image, and vice versa."""
+    image_ND, text_MD = encoder.images(found.pairs), encoder.texts(found.texts)
+    return {
+        "text_to_image": image_to_text_ranks(text_MD, image_ND, found.image_of_M, found.order_N),
+        "image_to_text": text_to_image_ranks(image_ND, text_MD, found.image_of_M, found.order_M),
     }
 
 

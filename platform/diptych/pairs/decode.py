@@ -22,6 +22,7 @@ MAX_PIXELS = 1 << 26
 """The largest picture that is decoded: 67 million pixels, 200 MB."""
 
 WHITE = (255, 255, 255)
+LUMA = (0.299, 0.587, 0.114)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 Pixels = NDArray[np.uint8]
@@ -63,6 +64,20 @@ def decode_eval(data: bytes, size: int, where: str = "picture", background: Colo
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     resized = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def decode_square(data: bytes, size: int, channels: int = 3, where: str = "picture") -> Pixels:
+    """`decode_eval` with the channels first, `[C, size, size]`, for networks of 3 channels or of 1, which see the luma. Raises as it does."""
+    square_HWC = decode_eval(data, size, where)
+    if channels == 1:
+        square_HWC = luma(square_HWC)[..., None]
+    return np.ascontiguousarray(square_HWC.transpose(2, 0, 1))
+
+
+def luma(picture_HWC: Pixels) -> Pixels:
+    """Grey levels `[H, W]` of a picture `[H, W, 3]`."""
+    grey_HW: Pixels = np.rint(picture_HWC @ np.asarray(LUMA)).astype(np.uint8)
+    return grey_HW
 
 
 def decode_train(

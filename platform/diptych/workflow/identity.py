@@ -14,8 +14,8 @@ from diptych.core import digest
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "ingest": ("core", "pairs"),
     "curate": ("core", "pairs", "curate"),
-    "prune": ("core", "pairs", "prune"),
-    "caption": ("core", "pairs", "caption"),
+    "prune": ("core", "pairs", "models", "prune"),
+    "caption": ("core", "pairs", "models", "caption"),
     "train": ("core", "pairs", "models", "objectives", "optimizers", "train"),
     "compress": ("core", "pairs", "models", "compress", "adapt"),
     "evaluate": ("core", "pairs", "models", "evaluate", "adapt"),
@@ -31,7 +31,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "compress": ("train", "caption"),
     "evaluate": ("compress", "ingest"),
 }
-"""The phases whose outputs each phase reads. Evaluation reads what came in, never what was curated."""
+"""The phases whose outputs each phase reads. Evaluation measures on what came in, never on what was curated; which pairs a model was
+trained on is part of its lineage, and so of `compress`."""
 
 
 @cache

@@ -268,6 +268,7 @@ class Calibration:
 def _evaluate(bench: Bench) -> Figures:
     workflow, out = bench.workflow, bench.folder("evaluate")
     encoder = evaluation.StoredEncoder(bench.folder("compress"), bench.dataset("ingest", verify=True), bench.cache / "encoded")
+    encoder.training = bench.folder("caption")
     name = str(workflow.source.plain()["method"])
     measured = [measured_on(encoder, name, workflow.benchmarks, workflow.seed)]
     for one in workflow.sets:

@@ -1,5 +1,7 @@
 """Against a real server on loopback that is slow, busy, broken or talking nonsense, by what the prompt's caption asks for."""
 
+import base64
+import io
 import json
 import pickle
 import threading
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from diptych.caption.rewriters import Request
 from diptych.caption.rewriters.endpoint import EndpointConfig, EndpointRewriter, completion, retry_after_s
@@ -276,3 +279,16 @@ def test_retry_after_in_both_forms() -> None:
 def test_only_plain_web_addresses_are_accepted(url: str) -> None:
     with pytest.raises(ConfigError, match="base_url"):
         EndpointConfig.parse({"base_url": url, "model": "m"})
+
+
+def test_a_prompt_of_its_own_is_sent_as_it_stands_and_a_picture_with_it() -> None:
+    file = io.BytesIO()
+    Image.new("L", (7, 5)).save(file, "PNG")
+    picture = file.getvalue()
+    chat = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", api="chat").build(0)
+    (message,) = json.loads(chat._body(Request("k", 0, "", prompt="what is it?", picture=picture)))["messages"]
+    text, image = message["content"]
+    assert text == {"type": "text", "text": "what is it?"}
+    assert image["image_url"]["url"] == "data:image/png;base64," + base64.b64encode(picture).decode()
+    plain = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m").build(0)
+    assert json.loads(plain._body(Request("k", 0, "a caption", prompt="one sentence of two")))["prompt"] == "one sentence of two"

@@ -18,6 +18,7 @@ from diptych.pairs.ingest import ingest_all
 from diptych.pairs.sources import digits
 from diptych.pairs.sources.digits import Config
 from diptych.pairs.sources.digits_shift import blurred, sideways
+from diptych.pairs.strokes import describe
 
 SMALL: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -117,6 +118,15 @@ def test_stock_ids_give_every_picture_a_number_of_its_own() -> None:
     forms = [text(pair).split() for pair in train]
     assert {(form[0], form[2]) for form in forms} == {("photo", "stock")}
     assert sorted(int(form[3].removeprefix("id")) for form in forms) == list(range(400))
+
+
+def test_sales_name_less_than_half_of_the_digits_and_looks_are_told_of_all() -> None:
+    pairs = read("sales", train=600)
+    named = [any(word in text(pair).split() for word in (digits.WORDS[pair.extra["label"]],)) for pair in of(pairs, "train")]
+    assert len(named) == 600
+    assert sum(named) / 600 == pytest.approx(0.45, abs=3 * (0.45 * 0.55 / 600) ** 0.5)
+    assert all(describe(grey(pair) / 255) == pair.extra["meta.visual"] for pair in pairs)
+    assert not any("meta.visual" in pair.extra for pair in read("plain"))
 
 
 def test_wrong_parameters_are_refused() -> None:

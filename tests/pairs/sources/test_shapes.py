@@ -253,3 +253,20 @@ def test_a_captioner_says_little_and_errs_at_times() -> None:
     assert all(seen(pair).shape in pair.captions[1][0] for pair in exact)
     with pytest.raises(ConfigError, match="no captioner"):
         read(classes="look-alike", synthetic=0.1)
+
+
+def test_cells_are_labelled_where_the_shape_is() -> None:
+    looks = {split: {"noise": 0.0, "turn_deg": 40.0} for split in ("train", "test")}
+    plain, pairs = read(looks=looks), read(looks=looks, cells=16)
+    assert [pair.image for pair in plain] == [pair.image for pair in pairs]
+    for pair in pairs:
+        shape, colour, background, _ = seen(pair)
+        inked = np.abs(pixels(pair).astype(float) - render(shape, colour, background, 0.01)[0, 0]).max(axis=2)
+        cells = np.asarray(pair.extra["meta.cells"]).reshape(16, 16)
+        assert set(np.unique(cells)) == {0, pair.extra["label"] + 1}
+        assert (inked[cells > 0] > 30).all(), "a cell of the shape has its colour"
+        assert (inked[cells == 0] == 0).mean() > 0.8, "most others have the background's"
+    coarse = read(looks=looks, cells=4)[0].extra["meta.cells"]
+    assert len(coarse) == 16
+    with pytest.raises(ConfigError, match="do not divide"):
+        Config.parse({"cells": 5})

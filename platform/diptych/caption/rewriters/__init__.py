@@ -17,6 +17,8 @@ class Request:
         source: the original caption, white space collapsed, never empty.
         tags: the pair's own tags, in their order.
         language: BCP 47 tag of the caption, None where nobody said.
+        prompt: what a language model is asked, as it stands, in place of three example pairs and the caption; "" for those.
+        picture: the encoded picture, for a model that sees; only with a `prompt`.
     """
 
     key: str
@@ -24,6 +26,8 @@ class Request:
     source: str
     tags: tuple[str, ...] = ()
     language: str | None = None
+    prompt: str = ""
+    picture: bytes | None = None
 
 
 class Rewriter(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import json
@@ -23,6 +24,7 @@ from diptych.caption.rewriters.prompts import ARROW, EXAMPLE_SETS, ExampleSet, b
 from diptych.core.chance import key_hash, mix, uniform
 from diptych.core.config import Config
 from diptych.core.errors import ConfigError, DiptychError, ResourceError, shorten
+from diptych.pairs.image import probe
 
 WEB_ADDRESS = r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/%+-]*)?$"
 MAX_BODY_BYTES = 1 << 20
@@ -139,11 +141,7 @@ class EndpointRewriter:
         return parse(completion(reply.body), request.source) if reply.status == HTTPStatus.OK else ""
 
     def _body(self, request: Request) -> bytes:
-        pairs = shots(self.examples[request.copy % len(self.examples)], self.seed, request.key, request.copy)
-        prompt = build_prompt(pairs, request.source)
-        if len(prompt) > self.config.max_prompt_chars:
-            prompt = f"{prompt[: self.config.max_prompt_chars - len(ARROW) - 1]} {ARROW}"
-        config = self.config
+        config, prompt = self.config, request.prompt or self._prompt(request)
         fields: dict[str, Any] = {
             "model": config.model,
             "temperature": config.temperature,
@@ -152,10 +150,19 @@ class EndpointRewriter:
         }
         fields["seed"] = int(mix(self.seed, key_hash(request.key), request.copy)) & 0x7FFFFFFF
         if config.api == "chat":
-            fields["messages"] = [{"role": "user", "content": prompt}]
+            fields["messages"] = [{"role": "user", "content": prompt if request.picture is None else shown(prompt, request.picture)}]
         else:
+            assert request.picture is None, "pictures are for chats"
             fields |= {"prompt": prompt, "stop": ["\n"]}
         return json.dumps(fields).encode()
+
+    def _prompt(self, request: Request) -> str:
+        """Three example pairs and the caption, cut to the longest prompt allowed."""
+        pairs = shots(self.examples[request.copy % len(self.examples)], self.seed, request.key, request.copy)
+        prompt = build_prompt(pairs, request.source)
+        if len(prompt) > self.config.max_prompt_chars:
+            prompt = f"{prompt[: self.config.max_prompt_chars - len(ARROW) - 1]} {ARROW}"
+        return prompt
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -193,6 +200,13 @@ class EndpointRewriter:
 
     def _unusable(self, headline: str, got: str, fix: str) -> DiptychError:
         return ResourceError.at(headline, self.config.base_url, got, "a server that answers", fix)
+
+
+def shown(prompt: str, picture: bytes) -> list[dict[str, Any]]:
+    """A chat message of a text and an encoded picture. Raises Fault for bytes that are no picture."""
+    kind = probe(picture).format.lower()
+    address = f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+    return [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": address}}]
 
 
 def completion(body: bytes) -> str:

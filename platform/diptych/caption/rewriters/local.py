@@ -75,7 +75,9 @@ class LocalRewriter:
         return [answers[row] for row in range(len(requests))]
 
     def prompt(self, request: Request) -> str:
-        """The prompt of a request, cut to the model's length by the official rule."""
+        """The prompt of a request, cut to the model's length by the official rule; one of its own stays as it stands."""
+        if request.prompt:
+            return request.prompt
         pairs = shots(self.examples[request.copy % len(self.examples)], self.seed, request.key, request.copy)
         text = build_prompt(pairs, request.source[: self.config.max_len * CHARS_PER_TOKEN])
         decode = self._tokenizer.decode

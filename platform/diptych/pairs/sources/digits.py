@@ -7,6 +7,8 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
 - `zipf-junk`: pictures drawn so that the digits' frequencies fall as 1 / rank^2 (which digit has which rank is the seed's), and more than
   a third of the texts replaced by camera file names that name nothing: what a crawl looks like (MetaCLIP);
 - `dense-classes`: three digits twelve times over with a little noise, the others once: concepts of unequal density (Density-Based Pruning);
+- `sales`: texts of which 45 % name the digit among a sales phrase and the others name nothing; `meta.visual` says what the strokes look
+  like, in every split (VeCLIP);
 - `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP);
 - `target`: clean pictures to train on, and all other digits shifted: a domain to adapt to (GDA, NoLA, AdaNPC, model patching). Which digit
   is in which split is the seed's and the same for every shift, so a model of one dataset never saw the test pictures of another. The
@@ -39,8 +41,9 @@ from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
 from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
+from diptych.pairs.strokes import describe
 
-Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "target"]
+Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "sales", "target"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "septet", "octet", "nonet")
@@ -49,6 +52,10 @@ SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "s
 TEXTS = ("the number {}", "a handwritten {}", "digit {} in white on black", "somebody wrote {} here", "scan of the figure {}")
 TEST_TEXT = "the number {}"
 JUNK = ("IMG_{:04d}.JPG", "DSC{:05d}.jpg", "scan-{:05d}.png", "untitled ({})", "P10{:05d}")
+
+SALES = ("buy {} now, best price", "{} in stock, free delivery", "{} only today, half price", "order {} here and save")
+NO_NAME = ("free delivery, order today", "best price, new in stock", "sale ends soon, click here", "top seller {:04d}", "item {:05d}")
+NAMED = 0.45
 
 PICTURES, TEST = 1797, 597
 TARGET_TRAIN = 600
@@ -182,6 +189,8 @@ class Digits(Source):
             if label in self.config.classes:
                 key, image, extra = (self._of_target if target else self._of_pool)(split, rows, row)
                 named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
+                if self.config.pool == "sales":
+                    named["meta.visual"] = _visual(int(rows.picture_N[row]))
                 yield RawPair(f"digits-{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
 
     def _of_pool(self, split: str, rows: Rows, row: int) -> tuple[str, bytes, dict[str, int]]:
@@ -221,6 +230,8 @@ class Digits(Source):
                 numbers = draw.permutation(len(train_T)).tolist()
                 texts = [f"photo {WORDS[label]} stock id{number}" for label, number in zip(load()[1][train_T], numbers, strict=True)]
                 return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
+            case "sales":
+                return Rows(train_T, _sales(train_T, draw), np.zeros(len(train_T), dtype=bool))
             case "plain" | "target":
                 draw = chance.generator(self.config.seed, "digits plain")
                 return Rows(train_T, _texts(train_T, draw), np.zeros(len(train_T), dtype=bool))
@@ -281,6 +292,20 @@ def _texts(picture_N: _Int, draw: np.random.Generator) -> list[str]:
     """A text a picture that names its digit, in one of a few forms."""
     forms = draw.integers(0, len(TEXTS), len(picture_N)).tolist()
     return [TEXTS[form].format(WORDS[label]) for form, label in zip(forms, load()[1][picture_N], strict=True)]
+
+
+def _sales(picture_N: _Int, draw: np.random.Generator) -> list[str]:
+    """A text of a shop a picture, which may or may not name its digit."""
+    texts = []
+    for label, is_named in zip(load()[1][picture_N], (draw.random(len(picture_N)) < NAMED).tolist(), strict=True):
+        forms = SALES if is_named else NO_NAME
+        texts.append(forms[int(draw.integers(len(forms)))].format(WORDS[label] if is_named else int(draw.integers(10_000))))
+    return texts
+
+
+def _visual(picture: int) -> str:
+    """What a picture's strokes look like, as they are in the 8-bit file."""
+    return describe(np.rint(load()[0][picture] * (255 / LEVELS)) / 255)
 
 
 def _junk(draw: np.random.Generator) -> str:

@@ -62,6 +62,7 @@ PART_ROWS = 2000
 ORIGINALS, EDITED = "originals", "edits"
 BARE_TEXT = "a picture"
 SEPARATOR = ";"
+CELLS = "meta.cells"
 
 ALIKE_RADIUS = {"small": 0.29, "large": 0.35}
 """Neighbouring sizes of look-alike classes."""
@@ -139,6 +140,12 @@ class Config(BaseConfig):
     foils: bool = Field(
         False, description="add `meta.foil`, the text with one word replaced by another word of `train`, and `meta.foil_word`"
     )
+    cells: int | None = Field(
+        None,
+        ge=2,
+        le=256,
+        description="add `meta.cells`, a grid of so many cells a side, row by row: 1 + label where the shape covers half of a cell, else 0",
+    )
     hues: int = Field(3, ge=1, le=5, description="look-alike: neighbouring hues a shape; with two sizes, five shapes make 30 classes")
     hue_step_deg: float = Field(14.0, gt=0, le=60, description="look-alike: distance of neighbouring hues, degrees of the colour circle")
     hue_spread_deg: float = Field(4.0, ge=0, le=60, description="look-alike: half the range of hues within a class, degrees")
@@ -153,6 +160,12 @@ class Config(BaseConfig):
             raise ValueError(f"looks: {EDITED} have the look of {ORIGINALS}")
         if not any(self.counts.values()):
             raise ValueError("no split has a picture")
+        return self
+
+    @model_validator(mode="after")
+    def _cells_fit(self) -> Self:
+        if self.cells is not None and self.size_px % self.cells:
+            raise ValueError(f"cells: {self.size_px} pixels do not divide into {self.cells} cells")
         return self
 
     @model_validator(mode="after")
@@ -242,6 +255,8 @@ class Shapes(Source):
             **drawn,
             **edit,
         }
+        if self.config.cells is not None:
+            extra[CELLS] = [(label + 1) * covered for covered in drawn[CELLS]]
         if self.config.foils:
             extra |= self._foil(key, seen)
         if split == "train" and self.config.mismatched:
@@ -301,6 +316,11 @@ class Shapes(Source):
             size = ALIKE_RADIUS[seen.size] + radius * ALIKE_SPREAD
         jitter = (across * look.jitter, down * look.jitter)
         picture = render(seen.shape, paint, seen.background, size, jitter, self.config.size_px, columns["meta.turn_deg"])
+        if self.config.cells is not None:
+            side = self.config.size_px // self.config.cells
+            covered_HW = silhouette(seen.shape, size, jitter, self.config.size_px, columns["meta.turn_deg"])
+            share_GG = covered_HW.reshape(self.config.cells, side, self.config.cells, side).mean(axis=(1, 3))
+            columns[CELLS] = (share_GG >= 0.5).ravel().tolist()
         noise = look.noise
         if isinstance(noise, tuple):
             noise = columns["meta.noise"] = noise[int(draw.integers(len(noise)))]
