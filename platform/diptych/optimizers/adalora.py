@@ -14,11 +14,12 @@ Shape legend: P maps stacked in a packed weight, M rows, N columns of a map, R i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from diptych.core import chance
@@ -101,6 +102,7 @@ class AdaLoRA(Optimizer):
 
     Attributes:
         threshold: the score at which the latest step cut; None if it did not.
+        adapter: what `save_adapter` writes: `none`, or `peft`.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class AdaLoRA(Optimizer):
         budget = {"target_rank": target_rank, "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": mask_interval}
         super().__init__(params, {**hyper, **budget, "beta1": beta1, "beta2": beta2, "seed": seed, "adapt": adapt, "train": train})
         self._allocator: RankAllocator | None = None
+        self.adapter: Literal["none", "peft"] = "none"
         self.threshold: float | None = None
         for place, group in enumerate(self.param_groups):
             for index, (name, parameter) in enumerate(named(group) if group["adapt"] else ()):
@@ -188,6 +191,14 @@ class AdaLoRA(Optimizer):
         names = [name or str(index) for group in self.param_groups if group["adapt"] for index, (name, _) in enumerate(named(group))]
         kept = [(self.triplets(parameter).E != 0).sum(dim=(1, 2)).tolist() for _, parameter in self.adapted()]
         return dict(zip(names, kept, strict=True))
+
+    def save_adapter(self, model: nn.Module, directory: Path, base_model: str = "") -> None:
+        """Writes the adapters of a dual encoder into `directory/adapter`, in the format that was asked for; nothing if none was."""
+        if self.adapter == "peft":
+            from diptych.optimizers.peft_export import export_peft
+
+            inner: nn.Module = getattr(model, "clip", model)  # open_clip's model: peft wraps that
+            export_peft(self, inner, directory / "adapter", base_model)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -271,6 +282,7 @@ class Config(BaseConfig):
     """AdaLoRA on the linear maps of both towers; an objective's own parameters are trained whole, the rest as `others` says."""
 
     curvature: ClassVar[Curvature] = "none"
+    counts_updates: ClassVar[bool] = True
 
     method: Literal["adalora"] = "adalora"
     lr: float = Field(1e-3, gt=0, description="peak learning rate, per update")
@@ -290,15 +302,26 @@ class Config(BaseConfig):
     others: Literal["freeze", "train"] = Field(
         "freeze", description="biases, norms, embeddings, the logit scale: kept, or trained by AdamW"
     )
+    adapter: Literal["none", "peft"] = Field(
+        "none", description="peft: the adapters alone, too, as a directory `adapter` in the model's that 🤗 peft opens"
+    )
     seed: int = Field(0, description="names the adapters' first values")
+
+    @model_validator(mode="after")
+    def _peft_reaches_all(self) -> Self:
+        if self.adapter == "peft" and self.projections:
+            raise ValueError("peft does not reach bare projections: adapter: peft needs projections: false")
+        return self
 
     def build(self, groups: Iterable[dict[str, Any]]) -> AdaLoRA:
         """The optimizer over parameter groups; a group's own values win over the configuration's. It wants `plan(total_steps)`."""
-        hyper = self.model_dump(exclude={"method", "others", "projections"})
+        hyper = self.model_dump(exclude={"method", "others", "projections", "adapter"})
         halves = split(groups, {"adapt": True}, {"adapt": False, "train": self.others == "train"}, self._adapts)
-        return AdaLoRA(
+        optimizer = AdaLoRA(
             [part for half in halves for part in ([half] if half["adapt"] else split([half], {"train": True}, {}, _is_own))], **hyper
         )
+        optimizer.adapter = self.adapter
+        return optimizer
 
     def _adapts(self, name: str | None, parameter: Tensor) -> bool:
         return is_adaptable(name, parameter) and (self.projections or name is None or not is_bare(name))
