@@ -57,6 +57,12 @@ TABLE: tuple[Row, ...] = (
     Row("gradnormlorp", "optimizer", "diptych.optimizers.gradnormlorp:Config", "Optimizer", "Gradient Weight-normalized Low-rank Projection (AAAI 2025)", "Adam on projected gradients of weight-normalised matrices or adapters"),
     Row("adalora", "optimizer", "diptych.optimizers.adalora:Config", "Optimizer", "AdaLoRA (ICLR 2023)", "low-rank adapters that share one budget of ranks"),
     Row("adadagrad", "batch-size", "diptych.optimizers.adadagrad:Config", "BatchSize", "AdAdaGrad (2024)", "a batch that grows while its gradient is too noisy"),
+    # problems with a known answer, for claims about optimizers alone
+    Row("quadratic", "problem", "diptych.train.problems.quadratic:Config", "Problem", "", "a noisy bowl whose curvatures span six decades"),
+    Row("one-dimensional", "problem", "diptych.train.problems.one_dimensional:Config", "Problem", "diffGrad (TNNLS 2020)", "three functions of one variable, with valleys to run past"),
+    Row("prototypes", "problem", "diptych.train.problems.prototypes:Config", "Problem", "AdamP (ICLR 2021)", "a small classifier whose weights may be scale-invariant"),
+    Row("logistic", "problem", "diptych.train.problems.logistic:Config", "Problem", "AdAdaGrad (2024)", "logistic regression with exact gradients of single samples"),
+    Row("planted-ranks", "problem", "diptych.train.problems.planted_ranks:Config", "Problem", "AdaLoRA (ICLR 2023)", "maps that have to change by matrices of known ranks"),
     # compress
     Row("magnitude", "compress", "diptych.compress.magnitude:Config", "Compressor", "Learning both Weights and Connections (NeurIPS 2015)", "zero the smallest weights: the baseline of pruning"),
     Row("rws", "compress", "diptych.adapt.rws:Config", "Compressor", "Robust Weight Signatures (ICML 2023)", "patch shallow layers with what training on a corruption changed"),
