@@ -72,8 +72,8 @@ class PlantedRanks(Problem):
 
     def _weights(self) -> Tensor:
         if self.lora is None:
-            return torch.stack(self.maps)
-        return self.start_LMM + self.lora_alpha / self.lora * (torch.stack(self.B) @ torch.stack(self.A))
+            return torch.stack(tuple(self.maps))
+        return self.start_LMM + self.lora_alpha / self.lora * (torch.stack(tuple(self.B)) @ torch.stack(tuple(self.A)))
 
 
 class Config(BaseConfig):

@@ -7,6 +7,7 @@ not depend on the length of any row of w, so that length is only what the optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -22,7 +23,11 @@ WIDTHS = (32, 64, 64)
 
 
 class Prototypes(Problem):
-    """See the module. Figures: `loss`, the cross-entropy of 8,192 new samples; `growth`, how much longer the weights became, mean of the layers."""
+    """See the module.
+
+    Figures: `loss`, the cross-entropy of 8,192 new samples, its decimal logarithm `log_loss`, and `growth`, how much longer the
+    weights became, mean of the layers.
+    """
 
     def __init__(self, classes: int, prototypes: int, noise: float, gain: float, batch_size: int, *, scale_invariant: bool) -> None:
         self.classes, self.prototypes, self.noise_scale, self.gain = classes, prototypes, noise, gain
@@ -61,7 +66,7 @@ class Prototypes(Problem):
         """See the class."""
         loss = float(self.losses(self.batch(-1, HELD_OUT), 0)["loss"])
         ratios = [float(layer.norm()) / first for layer, first in zip(self.layers, self.first, strict=True)]
-        return {"loss": loss, "growth": sum(ratios) / len(ratios) - 1}
+        return {"loss": loss, "log_loss": math.log10(loss), "growth": sum(ratios) / len(ratios) - 1}
 
 
 class Config(BaseConfig):
