@@ -31,6 +31,7 @@ from diptych.optimizers.linears import is_adaptable, is_bare, maps_in, named, sp
 from diptych.optimizers.low_rank import State, adam_, dense_gradient
 from diptych.optimizers.rank_budget import FACTORS, RankAllocator, Schedule, Triplets
 
+AdapterFormat = Literal["none", "peft", "peft-0.21"]
 INIT_STD = 0.02
 RANK_EPS = 1e-5  # the authors divide by R + 1e-5
 
@@ -102,7 +103,7 @@ class AdaLoRA(Optimizer):
 
     Attributes:
         threshold: the score at which the latest step cut; None if it did not.
-        adapter: what `save_adapter` writes: `none`, or `peft`.
+        adapter: what `save_adapter` writes: `none`, `peft`, or `peft-0.21` for versions that count output projections twice.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class AdaLoRA(Optimizer):
         budget = {"target_rank": target_rank, "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": mask_interval}
         super().__init__(params, {**hyper, **budget, "beta1": beta1, "beta2": beta2, "seed": seed, "adapt": adapt, "train": train})
         self._allocator: RankAllocator | None = None
-        self.adapter: Literal["none", "peft"] = "none"
+        self.adapter: AdapterFormat = "none"
         self.threshold: float | None = None
         for place, group in enumerate(self.param_groups):
             for index, (name, parameter) in enumerate(named(group) if group["adapt"] else ()):
@@ -194,11 +195,11 @@ class AdaLoRA(Optimizer):
 
     def save_adapter(self, model: nn.Module, directory: Path, base_model: str = "") -> None:
         """Writes the adapters of a dual encoder into `directory/adapter`, in the format that was asked for; nothing if none was."""
-        if self.adapter == "peft":
+        if self.adapter != "none":
             from diptych.optimizers.peft_export import export_peft
 
             inner: nn.Module = getattr(model, "clip", model)  # open_clip's model: peft wraps that
-            export_peft(self, inner, directory / "adapter", base_model)
+            export_peft(self, inner, directory / "adapter", base_model, doubles_output=self.adapter == "peft-0.21")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -302,15 +303,17 @@ class Config(BaseConfig):
     others: Literal["freeze", "train"] = Field(
         "freeze", description="biases, norms, embeddings, the logit scale: kept, or trained by AdamW"
     )
-    adapter: Literal["none", "peft"] = Field(
-        "none", description="peft: the adapters alone, too, as a directory `adapter` in the model's that 🤗 peft opens"
+    adapter: AdapterFormat = Field(
+        "none",
+        description="peft: the adapters alone, too, as a directory `adapter` in the model's that 🤗 peft opens; "
+        "peft-0.21: for versions up to 0.21.2, which count output projections of fused attention twice",
     )
     seed: int = Field(0, description="names the adapters' first values")
 
     @model_validator(mode="after")
     def _peft_reaches_all(self) -> Self:
-        if self.adapter == "peft" and self.projections:
-            raise ValueError("peft does not reach bare projections: adapter: peft needs projections: false")
+        if self.adapter != "none" and self.projections:
+            raise ValueError(f"peft does not reach bare projections: adapter: {self.adapter} needs projections: false")
         return self
 
     def build(self, groups: Iterable[dict[str, Any]]) -> AdaLoRA:
