@@ -22,8 +22,10 @@ from diptych.optimizers import adalora, gradnormlorp
 from diptych.optimizers.low_rank import LowRankAdamW
 
 ROUNDS, RANK = 8, 8
-TARGETS = {"weight-norm": 1.6, "galore": 1.0}
-"""Largest ratio to AdamW(foreach): the issue's bound for methods that project; for GaLore that it is no dearer than AdamW."""
+TARGETS = {"weight-norm": 1.6, "galore": 1.0, "dora": 1.6, "adalora": 1.6}
+"""Largest ratio of a step to AdamW(foreach): the bound for methods that project; for GaLore that it is no dearer than AdamW."""
+STATE_TARGETS = {"weight-norm": 0.3, "galore": 0.25, "dora": 0.75, "adalora": 1.0}
+"""Largest ratio of the state's bytes. Those with adapters hold the weights of the start, half of what AdamW holds, beside their moments."""
 
 
 def shapes(width: int = 384, layers: int = 12) -> dict[str, tuple[int, ...]]:
@@ -110,15 +112,18 @@ def main() -> None:
             best_s[kind] = min(best_s[kind], seconds(partial(optimizer.step)))
     peer_s, peer_bytes = best_s["adamw-foreach"], state_bytes(dict(optimizers["adamw-foreach"].state))
     for kind in kinds[1:]:
-        ratio, target = best_s[kind] / peer_s, f"<= {TARGETS[kind]}" if kind in TARGETS else "none"
-        print(f"BENCH {kind} step: ours {best_s[kind] * 1e3:.1f} ms, peer {peer_s * 1e3:.1f} ms, ratio {ratio:.2f}, target {target}")
+        ratio, figures = best_s[kind] / peer_s, f"{best_s[kind] * 1e3:.1f} ms"
+        if kind not in TARGETS:
+            print(f"{kind} step: {figures}, {ratio:.2f} of AdamW(foreach)")
+            continue
+        target = f"target <= {TARGETS[kind]}"
+        print(f"BENCH {kind} step, against AdamW(foreach): ours {figures}, peer {peer_s * 1e3:.1f} ms, ratio {ratio:.2f}, {target}")
     for kind in kinds[2:]:
         own = state_bytes(dict(optimizers[kind].state))
-        print(f"BENCH {kind} state: ours {own / 1e6:.1f} MB, peer {peer_bytes / 1e6:.1f} MB, ratio {own / peer_bytes:.2f}, target none")
+        ratio, target = own / peer_bytes, f"target <= {STATE_TARGETS[kind]}"
+        print(f"BENCH {kind} state, against AdamW: ours {own / 1e6:.1f} MB, peer {peer_bytes / 1e6:.1f} MB, ratio {ratio:.2f}, {target}")
     for kind in ("galore", "weight-norm", "dora"):
-        print(
-            f"BENCH {kind} bases: ours {first_s[kind]:.2f} s, peer {peer_s:.2f} s, ratio {first_s[kind] / peer_s:.1f}, target none (a first step)"
-        )
+        print(f"{kind}, a first step, which finds all bases: {first_s[kind]:.2f} s")
 
 
 if __name__ == "__main__":

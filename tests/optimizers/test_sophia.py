@@ -100,3 +100,19 @@ def test_the_configurations_build_what_they_say() -> None:
     assert (other.curvature, built.curvature, built.probe, built.defaults["every"]) == ("hutchinson", "hutchinson", "gaussian", 3)
     with pytest.raises(ConfigError):
         SophiaGConfig.parse({"method": "sophiag", "every": 0})
+
+
+def test_ascending_is_descending_on_the_opposite() -> None:
+    """Hutchinson's estimate changes its sign with the function; the squares of sampled gradients do not."""
+    ends = []
+    for sign, maximize in ((1.0, False), (-1.0, True)):
+        for kind, flips in ((SophiaH, True), (SophiaG, False)):
+            p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+            optimizer = kind([p], lr=0.1, rho=1.0, weight_decay=0.0, maximize=maximize)
+            curvature = torch.tensor([3.0, 5.0], dtype=torch.float64)
+            optimizer.update_curvature({p: sign * curvature if flips else curvature})
+            p.grad = sign * torch.tensor([0.01, -0.02], dtype=torch.float64)
+            optimizer.step()
+            ends.append(p.detach().clone())
+    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[1], ends[3])

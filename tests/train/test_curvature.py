@@ -68,7 +68,7 @@ def estimate(kind: str, *, part: slice = slice(None), world: int = 1, seed: int 
     named = dict(model.named_parameters()) | {f"objective.{name}": p for name, p in objective.named_parameters()}
     optimizer = Recorder(named.values(), kind, how.get("probe", "rademacher"))
     torch.manual_seed(3)
-    backward = curvature.backward(optimizer, Contrastive(model, objective, accumulate), seed)
+    backward = curvature.backward(optimizer, Contrastive(model, objective, accumulate, how.get("precision", "fp32")), seed)
     losses = backward(batch(part), step)
     sync.average_gradients(named.values(), world)
     sync.average(backward.to_average, world)
@@ -108,6 +108,17 @@ def test_hutchinson_is_the_hessians_product(probe: str, accumulate: int) -> None
         product = (sides[0][name] - sides[1][name]) / 2e-5
         assert product.abs().max() > 1e-4
         torch.testing.assert_close(found[name], z * product, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hutchinson", "gauss-newton-bartlett"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_in_half_precision_the_estimate_is_nearly_the_same(kind: str, accumulate: int) -> None:
+    """bf16 encodes; the estimate keeps the weights' precision and differs by rounding, in micro-batches too."""
+    exact, _, _ = estimate(kind, model=encoder().float(), accumulate=accumulate)
+    found, _, _ = estimate(kind, model=encoder().float(), accumulate=accumulate, precision="bf16")
+    both = [torch.cat([each.flatten() for each in (part[name] for name in exact)]) for part in (exact, found)]
+    assert both[1].dtype == torch.float32
+    assert 0 < float((both[1] - both[0]).norm() / both[0].norm()) < 0.1
 
 
 def test_sampled_labels_are_the_models_and_their_gradient_is_squared() -> None:

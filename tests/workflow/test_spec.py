@@ -119,3 +119,30 @@ def test_every_shipped_workflow_is_valid_and_listed(path: Path) -> None:
     assert workflow.name == path.stem
     listed = yaml.read(ROOT / "dvc.yaml")["vars"][0]["workflows"]
     assert path.stem in listed
+
+
+def test_a_growing_batch_is_checked_and_counts_for_the_identity() -> None:
+    growth = {"method": "adadagrad", "max_batch_size": 64}
+    found = check(train={**WORKFLOW["train"], "batch_growth": growth})
+    assert found.params("train")["train"]["batch_growth"]["eta"] == 0.5  # defaults are filled in
+    assert found.digest != check().digest
+    for changes, where in (
+        ({"batch_growth": {**growth, "max_batch_size": 31}}, "train.batch_growth.max_batch_size"),
+        ({"batch_growth": growth, "optimizer": {"method": "sophiag"}}, "train.batch_growth"),
+        ({"batch_growth": growth, "optimizer": {"method": "adalora"}}, "train.batch_growth"),
+        ({"batch_growth": {"method": "adamw"}}, "train.batch_growth.method"),
+        ({"batch_growth": {**growth, "eta": -1.0}}, "train.batch_growth.eta"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check(train={**WORKFLOW["train"], **changes})
+        assert [problem.where for problem in caught.value.problems] == [where]
+
+
+def test_an_adapter_needs_a_start_and_no_averaged_weights() -> None:
+    optimizer = {"method": "adalora", "adapter": "peft", "projections": False}
+    with pytest.raises(ConfigError) as caught:
+        check(train={**WORKFLOW["train"], "optimizer": optimizer, "ema": 0.9})
+    assert [problem.where for problem in caught.value.problems] == ["train.init", "train.ema"]
+    with pytest.raises(ConfigError, match="projections: false"):
+        check(train={**WORKFLOW["train"], "init": "models/a", "optimizer": {"method": "adalora", "adapter": "peft"}})
+    check(train={**WORKFLOW["train"], "init": "models/a", "optimizer": optimizer})

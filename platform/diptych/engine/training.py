@@ -32,7 +32,7 @@ MAX_FAILURES = 3
 class Job:
     """One training, as plain data that travels to workers.
 
-    `objective` and `optimizer` are resolved parameters with their `method`; `out` is where the model directory is
+    `objective`, `optimizer` and `batch_growth` are resolved parameters with their `method`; `out` is where the model directory is
     renamed to; `scratch` keeps checkpoints and the step log, and must be reachable from every worker.
     """
 
@@ -46,6 +46,7 @@ class Job:
     scratch: Path
     seed: int
     workers: int
+    batch_growth: Mapping[str, Any] | None = None
 
 
 def run(job: Job, session: Session, progress: Progress | None = None) -> dict[str, Any]:
@@ -77,13 +78,18 @@ def work(
     """What one worker does: builds the objective and the optimizer by name and enters the loop."""
     from diptych.train.run import train
 
-    objective = catalogue.config_class(catalogue.find(str(job.objective["method"]), "objective")).parse(dict(job.objective))
-    optimizer = catalogue.config_class(catalogue.find(str(job.optimizer["method"]), "optimizer")).parse(dict(job.optimizer))
+    objective, optimizer = _method(job.objective, "objective"), _method(job.optimizer, "optimizer")
+    growth = None if job.batch_growth is None else _method(job.batch_growth, "batch-size").build
     summary = train(
-        job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,  # type: ignore[attr-defined]
-        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop,
+        job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,
+        build_batch_size=growth, init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop,
     )  # fmt: skip
     return asdict(summary)
+
+
+def _method(parameters: Mapping[str, Any], phase: str) -> Any:
+    """The configuration of a method by its resolved parameters."""
+    return catalogue.config_class(catalogue.find(str(parameters["method"]), phase)).parse(dict(parameters))
 
 
 def _device() -> str:

@@ -14,11 +14,12 @@ Shape legend: P maps stacked in a packed weight, M rows, N columns of a map, R i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from diptych.core import chance
@@ -30,6 +31,7 @@ from diptych.optimizers.linears import is_adaptable, is_bare, maps_in, named, sp
 from diptych.optimizers.low_rank import State, adam_, dense_gradient
 from diptych.optimizers.rank_budget import FACTORS, RankAllocator, Schedule, Triplets
 
+AdapterFormat = Literal["none", "peft", "peft-0.21"]
 INIT_STD = 0.02
 RANK_EPS = 1e-5  # the authors divide by R + 1e-5
 
@@ -101,6 +103,7 @@ class AdaLoRA(Optimizer):
 
     Attributes:
         threshold: the score at which the latest step cut; None if it did not.
+        adapter: what `save_adapter` writes: `none`, `peft`, or `peft-0.21` for versions that count output projections twice.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class AdaLoRA(Optimizer):
         budget = {"target_rank": target_rank, "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": mask_interval}
         super().__init__(params, {**hyper, **budget, "beta1": beta1, "beta2": beta2, "seed": seed, "adapt": adapt, "train": train})
         self._allocator: RankAllocator | None = None
+        self.adapter: AdapterFormat = "none"
         self.threshold: float | None = None
         for place, group in enumerate(self.param_groups):
             for index, (name, parameter) in enumerate(named(group) if group["adapt"] else ()):
@@ -188,6 +192,14 @@ class AdaLoRA(Optimizer):
         names = [name or str(index) for group in self.param_groups if group["adapt"] for index, (name, _) in enumerate(named(group))]
         kept = [(self.triplets(parameter).E != 0).sum(dim=(1, 2)).tolist() for _, parameter in self.adapted()]
         return dict(zip(names, kept, strict=True))
+
+    def save_adapter(self, model: nn.Module, directory: Path, base_model: str = "") -> None:
+        """Writes the adapters of a dual encoder into `directory/adapter`, in the format that was asked for; nothing if none was."""
+        if self.adapter != "none":
+            from diptych.optimizers.peft_export import export_peft
+
+            inner: nn.Module = getattr(model, "clip", model)  # open_clip's model: peft wraps that
+            export_peft(self, inner, directory / "adapter", base_model, doubles_output=self.adapter == "peft-0.21")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -271,6 +283,7 @@ class Config(BaseConfig):
     """AdaLoRA on the linear maps of both towers; an objective's own parameters are trained whole, the rest as `others` says."""
 
     curvature: ClassVar[Curvature] = "none"
+    counts_updates: ClassVar[bool] = True
 
     method: Literal["adalora"] = "adalora"
     lr: float = Field(1e-3, gt=0, description="peak learning rate, per update")
@@ -290,15 +303,28 @@ class Config(BaseConfig):
     others: Literal["freeze", "train"] = Field(
         "freeze", description="biases, norms, embeddings, the logit scale: kept, or trained by AdamW"
     )
+    adapter: AdapterFormat = Field(
+        "none",
+        description="peft: the adapters alone, too, as a directory `adapter` in the model's that 🤗 peft opens; "
+        "peft-0.21: for versions up to 0.21.2, which count output projections of fused attention twice",
+    )
     seed: int = Field(0, description="names the adapters' first values")
+
+    @model_validator(mode="after")
+    def _peft_reaches_all(self) -> Self:
+        if self.adapter != "none" and self.projections:
+            raise ValueError(f"peft does not reach bare projections: adapter: {self.adapter} needs projections: false")
+        return self
 
     def build(self, groups: Iterable[dict[str, Any]]) -> AdaLoRA:
         """The optimizer over parameter groups; a group's own values win over the configuration's. It wants `plan(total_steps)`."""
-        hyper = self.model_dump(exclude={"method", "others", "projections"})
+        hyper = self.model_dump(exclude={"method", "others", "projections", "adapter"})
         halves = split(groups, {"adapt": True}, {"adapt": False, "train": self.others == "train"}, self._adapts)
-        return AdaLoRA(
+        optimizer = AdaLoRA(
             [part for half in halves for part in ([half] if half["adapt"] else split([half], {"train": True}, {}, _is_own))], **hyper
         )
+        optimizer.adapter = self.adapter
+        return optimizer
 
     def _adapts(self, name: str | None, parameter: Tensor) -> bool:
         return is_adaptable(name, parameter) and (self.projections or name is None or not is_bare(name))

@@ -43,7 +43,7 @@ class _Sophia(Curved):
         weight_decay: decoupled, per unit of lr, before the step and never clipped, >= 0.
         every: steps from one estimate of h to the next, >= 1.
         delay: steps before the first estimate, >= 0; until then a step is lr sign(m). 0 in the paper, `every` in the authors' code.
-        maximize: ascend.
+        maximize: ascend; Hutchinson's estimate then counts with the other sign, as the Hessian of what is descended has it.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "hessian")
@@ -82,6 +82,8 @@ class _Sophia(Curved):
 
     def _take_in(self, group: dict[str, Any], params: list[Tensor], estimates: list[Tensor]) -> None:
         hessians = [self._state(p, group)["hessian"] for p in params]
+        if group["maximize"] and self.curvature == "hutchinson" and estimates:
+            estimates = torch._foreach_neg(estimates)  # type: ignore[assignment]
         for h, estimate in lots([hessians, estimates]):
             torch._foreach_lerp_(h, estimate, 1 - group["betas"][1])
 

@@ -291,6 +291,9 @@ def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) ->
     if run.rank == 0:
         model: Any = state.model if state.ema is None else state.ema.model
         clip.save(model, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
+        save_adapter: Any = getattr(state.optimizer, "save_adapter", None)
+        if save_adapter is not None:  # of optimizers that train adapters, and only if asked for one
+            save_adapter(state.model, out, identity["init"])
 
 
 def _summary(run: Run, state: TrainState, record: Record, resumed_from: int) -> TrainSummary:

@@ -11,7 +11,9 @@ A claim file is a workflow with arms:
 
 An arm is a mapping of key path -> value over `base`. `@rows:ARM` stands for the number of training pairs that the other arm keeps with the
 same seed, so that arms are compared at equal size; `@model:ARM` for the directory of the other arm's model, to start from or to mix with;
-`@seed` for the seed.
+`@seed` for the seed. `{tune: [1.0e-3, 3.0e-3]}` is an axis that the arm chooses itself (`tuning.py`); the claim's key `tuning` says by what.
+
+The base may also be an experiment on a problem with a known answer (`problems.py`); its figures are `problem/<name>`.
 
 Figures are those of the evaluation, `<set>/<task>/<metric>`, and of training: `train/<name>` as the run's summary has it, of everything in
 the step log also `train/mean_<name>` over all records and `train/end_<name>` over the last tenth of them. So are the numbers that methods
@@ -26,7 +28,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +43,10 @@ from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 from diptych.evaluate import intervals
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import spec, trials, yaml
+from diptych.workflow import problems as known_problems
+from diptych.workflow import spec, sweep, trials, yaml
 from diptych.workflow.project import Project
+from diptych.workflow.tuning import Tuned, Tuning, axes, choose, points, settled
 
 ROWS = "@rows:"
 MODEL = "@model:"
@@ -79,7 +83,8 @@ class Demand(Config):
     @property
     def text(self) -> str:
         """What is demanded."""
-        words = f"at least {self.least:+.3f} and an interval without zero" if self.least > 0 else f"an interval above {self.least:+.3f}"
+        least = number(self.least, "+")
+        words = f"at least {least} and an interval without zero" if self.least > 0 else f"an interval above {least}"
         return words + (", every seed too" if self.every_seed else "")
 
     @property
@@ -110,6 +115,13 @@ class ClaimFile(Config):
     base: dict[str, Any]
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     demands: tuple[Demand, ...] = Field(min_length=1)
+    tuning: Tuning | None = Field(default=None, description="how arms with axes choose; null: no arm has any")
+
+    @model_validator(mode="after")
+    def _tuning_fits(self) -> ClaimFile:
+        if (self.tuning is None) == any(axes(arm) for arm in self.arms.values()):
+            raise ValueError("`tuning` and arms with values `{tune: […]}` belong together")
+        return self
 
 
 @dataclass(frozen=True)
@@ -145,11 +157,25 @@ class ClaimResult:
     findings: tuple[Finding, ...]
     table: pl.DataFrame
     wall_s: float = 0.0
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     @property
     def shown(self) -> bool:
         """Whether every demand was met."""
         return all(finding.shown for finding in self.findings)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The figures that some demand looks at."""
+        both = itertools.chain.from_iterable((f.demand.metric, f.demand.against) for f in self.findings)
+        return list(dict.fromkeys(metric for metric in both if metric is not None))
+
+    def summary(self, arm: str, metric: str) -> intervals.Estimate | None:
+        """An arm's figure: the mean over its seeds with the interval; None where it was not measured."""
+        if metric not in self.table.columns:
+            return None
+        values = self.table.filter(pl.col("arm") == arm)[metric].drop_nulls()
+        return intervals.mean_over_seeds(values.to_numpy()) if len(values) > 1 else None
 
 
 def load(path: Path) -> ClaimFile:
@@ -162,7 +188,15 @@ def load(path: Path) -> ClaimFile:
             problems += [
                 Problem(f"arms.{name}", other, f"one of the arms {', '.join(file.arms)}", nearest(other, file.arms)) for other in unknown
             ]
-            arm_workflow(file, name, file.seeds[0], path, {text: 1 if text.startswith(ROWS) else "." for text, _ in references(file, name)})
+            given = {text: 1 if text.startswith(ROWS) else "." for text, _ in references(file, name)}
+            for values in points(file.arms[name]) or [{}]:
+                arm_experiment(file, name, file.seeds[0], path, given, values)
+            if axes(file.arms[name]):
+                problems += [
+                    Problem(f"arms.{name}", other, "an arm without axes: both would be tuned at once")
+                    for _, other in references(file, name)
+                    if axes(file.arms.get(other, {}))
+                ]
         except ConfigError as error:
             problems += [Problem(f"arms.{name}: {p.where}", p.got, p.expected, p.fix) for p in error.problems]
     for position, demand in enumerate(file.demands):
@@ -174,13 +208,35 @@ def load(path: Path) -> ClaimFile:
     return file
 
 
-def arm_workflow(file: ClaimFile, arm: str, seed: int, path: Path, given: Mapping[str, Any]) -> spec.Workflow:
-    """The workflow of one arm and seed; `given` says what each reference to another arm stands for."""
+def arm_experiment(
+    file: ClaimFile, arm: str, seed: int, path: Path, given: Mapping[str, Any], values: Mapping[str, Any], split: str | None = None
+) -> spec.Workflow | known_problems.Experiment:
+    """What one arm runs with one seed.
+
+    Args:
+        given: what each reference to another arm stands for.
+        values: of the arm's axes, by key path.
+        split: what the benchmarks look at, in place of what the file says.
+    """
     raw = copy.deepcopy(file.base)
     raw["seed"] = seed
-    for key, value in file.arms[arm].items():
+    for key, value in settled(file.arms[arm], values).items():
         spec.set_value(raw, key.split("."), _filled(value, {**given, SEED: seed}), key)
-    return spec.check(raw, path, (f"arm={arm}",))
+    if known_problems.is_problem(raw):
+        return known_problems.check(raw)
+    workflow = spec.check(raw, path, (f"arm={arm}",))
+    if split is None:
+        return workflow
+    return spec.check({**raw, "evaluate": {**raw["evaluate"], "benchmarks": sweep.on_split(workflow, split)}}, path, (f"arm={arm}",))
+
+
+def arm_workflow(
+    file: ClaimFile, arm: str, seed: int, path: Path, given: Mapping[str, Any], values: Mapping[str, Any] | None = None
+) -> spec.Workflow:
+    """`arm_experiment` of a claim whose base is a workflow."""
+    found = arm_experiment(file, arm, seed, path, given, values or {})
+    assert isinstance(found, spec.Workflow)
+    return found
 
 
 def _filled(value: Any, given: Mapping[str, Any]) -> Any:
@@ -198,27 +254,49 @@ def references(file: ClaimFile, arm: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class ArmTrial:
-    """One arm with one seed, from ingest to its figures; plain data, so that it travels to Tune's workers."""
+    """One arm with one seed, from ingest to its figures; plain data, so that it travels to Tune's workers.
+
+    A setting with `values` for the arm's axes is a trial of these; without, the arm runs with what was `chosen`.
+    """
 
     file: ClaimFile
     path: Path
     root: Path
+    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
         """The arm's figures."""
-        arm, seed = str(setting["arm"]), int(setting["seed"])
-        store, figures = trials.run(self._workflow(arm, seed), "evaluate", self._name(arm, seed), Project(self.root))
+        arm, seed, values = str(setting["arm"]), int(setting["seed"]), setting.get("values")
+        given = {text: self._given(text, other, seed) for text, other in references(self.file, arm)}
+        split = self.file.tuning.split if self.file.tuning is not None and values is not None else None
+        experiment = arm_experiment(self.file, arm, seed, self.path, given, values or self.chosen.get(arm, {}), split)
+        name = self._name(arm, seed) + ("" if values is None else f"-{digest.short(digest.of_plain(values))[:6]}")
+        if isinstance(experiment, known_problems.Experiment):
+            outcome = experiment.run()
+            self._keep_curve(name, range(1, len(outcome.losses) + 1), outcome.losses)
+            yield {f"problem/{key}": value for key, value in outcome.figures.items()}
+            return
+        store, figures = trials.run(experiment, "evaluate", name, Project(self.root))
+        log = store.folder("train").parent / ".records" / "steps.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        self._keep_curve(name, [record["step"] for record in records], [record["loss"] for record in records])
         values = {key: entry["value"] for key, entry in figures["evaluate"]["metrics"].items()}
         train_rows = float(figures["train"].get("rows", 0))
-        trained = {**of_training(figures["train"]), **of_steps(store.folder("train").parent / ".records" / "steps.jsonl")}
+        trained = {**of_training(figures["train"]), **of_steps(log)}
         yield {**values, **trained, **of_reports(figures), "rows": train_rows, "train_s": float(figures["train"].get("wall_s", 0.0))}
 
     def _name(self, arm: str, seed: int) -> str:
         return f"claims/{self.file.claim}/{arm}-s{seed}"
 
+    def _keep_curve(self, name: str, steps: Sequence[int], losses: Sequence[float]) -> None:
+        """Leaves the loss over the steps where the page finds it."""
+        path = curve_path(self.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": list(steps), "loss": list(losses)}))
+
     def _workflow(self, arm: str, seed: int) -> spec.Workflow:
         given = {text: self._given(text, other, seed) for text, other in references(self.file, arm)}
-        return arm_workflow(self.file, arm, seed, self.path, given)
+        return arm_workflow(self.file, arm, seed, self.path, given, self.chosen.get(arm))
 
     def _given(self, text: str, other: str, seed: int) -> Any:
         """Runs the other arm as far as it takes, and takes over what it had made before."""
@@ -228,6 +306,11 @@ class ArmTrial:
             return str(store.folder("compress").resolve())
         pairs = PairDataset.open(store.folder("caption")).scan()
         return int(pairs.filter(pl.col("split") == "train").select(pl.len()).collect().item())
+
+
+def curve_path(root: Path, name: str) -> Path:
+    """Where the loss curve of an arm's run lies."""
+    return Project(root).runs / ".curves" / f"{name}.json"
 
 
 def of_training(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -274,24 +357,41 @@ def of_steps(log: Path) -> dict[str, float]:
 
 
 def run(path: Path, project: Project, session: Session, progress: Progress) -> ClaimResult:
-    """Runs every arm with every seed as one Tune sweep and judges the demands. Finished arms are taken from earlier runs."""
+    """Runs every arm with every seed as one Tune sweep and judges the demands. Finished arms are taken from earlier runs.
+
+    Arms with axes are tuned first, all together in a sweep of its own.
+    """
     started = time.monotonic()
     file = load(path)
     settings = [{"arm": arm, "seed": seed} for seed, arm in itertools.product(file.seeds, file.arms)]
     scratch = project.scratch / f"claim-{file.claim}-{digest.short(digest.of_plain(file.plain()))}"
-    table = sweeps.Table(scratch / "results.jsonl")
-    table.path.unlink(missing_ok=True)  # arms are cached as runs, under keys that know the code; this table is not
+    trial, tuned = ArmTrial(file, path, project.root), {}
+    if file.tuning is not None:
+        grid = [{"arm": arm, "seed": file.tuning.seed, "values": values} for arm in file.arms for values in points(file.arms[arm])]
+        progress.start("claim", f"{file.claim}: {len(grid)} trainings to choose by")
+        tuned = choose(file.arms, _measured(trial, grid, scratch / "tuning", session, file), file.tuning)
+        trial = replace(trial, chosen={arm: found.chosen for arm, found in tuned.items()})
     progress.start("claim", f"{file.claim}: {len(settings)} trainings")
-    rows = sweeps.run(
-        ArmTrial(file, path, project.root), settings, {}, table, session, search="grid", scheduler="none", trials=len(settings),
-        metric=file.demands[0].metric, mode="max", seed=0, scratch=scratch / "tune",
-    )  # fmt: skip
+    rows = _measured(trial, settings, scratch, session, file)
     if failed := next((row for row in rows if row["status"] == "error"), None):
         raise DataError.at(
             "An arm failed", f"arms.{failed['setting']['arm']}", failed["setting"], "a training that can be measured", failed["error"]
         )
     progress.done(f"{file.claim}: {len(rows)} arms measured")
-    return ClaimResult(file, tuple(_judge(demand, rows) for demand in file.demands), _table(rows), time.monotonic() - started)
+    findings = tuple(_judge(demand, rows) for demand in file.demands)
+    return ClaimResult(file, findings, _table(rows), time.monotonic() - started, tuned)
+
+
+def _measured(
+    trial: ArmTrial, settings: Sequence[dict[str, Any]], scratch: Path, session: Session, file: ClaimFile
+) -> list[dict[str, Any]]:
+    """A row for every setting."""
+    table = sweeps.Table(scratch / "results.jsonl")
+    table.path.unlink(missing_ok=True)  # arms are cached as runs, under keys that know the code; this table is not
+    return sweeps.run(
+        trial, settings, {}, table, session, search="grid", scheduler="none", trials=len(settings),
+        metric=file.demands[0].metric, mode="max", seed=0, scratch=scratch / "tune",
+    )  # fmt: skip
 
 
 def _judge(demand: Demand, rows: Sequence[Mapping[str, Any]]) -> Finding:
@@ -316,7 +416,14 @@ def _by_seed(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> dict[i
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     flat = [{"arm": row["setting"]["arm"], "seed": row["setting"]["seed"], **row["metrics"]} for row in rows]
-    return pl.DataFrame(flat).sort("arm", "seed")
+    return pl.DataFrame(flat, infer_schema_length=None).sort("arm", "seed")
+
+
+def number(value: float, sign: str = "") -> str:
+    """A figure with three decimals; one that would lose its digits to that, or has too many before the point, in its own size."""
+    if abs(value) >= 10_000:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:{sign}.2g}"
 
 
 def text(result: ClaimResult) -> str:
@@ -327,10 +434,14 @@ def text(result: ClaimResult) -> str:
         d, e = finding.demand, finding.estimate
         word = "shown" if finding.shown else "NOT shown"
         lines += [
-            f"  {d.title} = {e.mean:+.3f}, 95 % interval {e.low:+.3f} to {e.high:+.3f} over {len(finding.better)} seeds",
+            f"  {d.title} = {number(e.mean, '+')}, 95 % interval {number(e.low, '+')} to {number(e.high, '+')} over {len(finding.better)} seeds",
             f"    {d.better}: {_values(finding.better)}" + ("" if d.worse is None else f"    {_other(d)}: {_values(finding.worse)}"),
             f"    demanded: {d.text}: {word}",
         ]
+    for arm, found in result.tuned.items():
+        values = ", ".join(f"{key} = {value}" for key, value in found.chosen.items())
+        edge = f" (at the edge: {', '.join(found.at_edge)})" if found.at_edge else ""
+        lines.append(f"  {arm} chose {values}{edge}")
     lines += ["", f"  the effect {'showed' if result.shown else 'did NOT show'} ({result.wall_s:.0f} s)"]
     return "\n".join(lines)
 
@@ -340,4 +451,4 @@ def _other(demand: Demand) -> str:
 
 
 def _values(by_seed: Mapping[int, float]) -> str:
-    return " ".join(f"{value:.3f}" for _, value in sorted(by_seed.items()))
+    return " ".join(number(value) for _, value in sorted(by_seed.items()))

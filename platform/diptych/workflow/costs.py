@@ -231,7 +231,7 @@ def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
         config = TrainConfig.parse({**plain, "epochs": None, "steps": min(PROBE_STEPS, steps), "log_every": 1})
         job = training.Job(
             dataset.root.resolve(), config, section.model, section.init, workflow.objective.plain(), workflow.optimizer.plain(),
-            folder / "model", folder / "scratch", workflow.seed, 1,
+            folder / "model", folder / "scratch", workflow.seed, 1, None if workflow.batch_growth is None else workflow.batch_growth.plain(),
         )  # fmt: skip
         with Session(in_process=True) as session:
             training.run(job, session)

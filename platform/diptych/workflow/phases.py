@@ -177,6 +177,7 @@ def training_job(bench: Bench) -> training.Job:
         init=section.init,
         objective=workflow.objective.plain(),
         optimizer=workflow.optimizer.plain(),
+        batch_growth=None if workflow.batch_growth is None else workflow.batch_growth.plain(),
         out=bench.folder("train").resolve(),
         scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), dataset.digest]))}").resolve(),
         seed=workflow.seed,

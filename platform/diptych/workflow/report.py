@@ -94,7 +94,8 @@ def _methods(outcome: Outcome, phase: str) -> Sequence[Mapping[str, Any]]:
     if phase == "ingest":
         return [value["source"]]
     if phase == "train":
-        return [{"method": value["model"]}, value["objective"], value["optimizer"]]
+        growth = [value["batch_growth"]] if value.get("batch_growth") else []
+        return [{"method": value["model"]}, value["objective"], value["optimizer"], *growth]
     found: Sequence[Mapping[str, Any]] = value["benchmarks"] if phase == "evaluate" else value
     return found
 

@@ -12,12 +12,16 @@ from diptych.engine import tracking
 from diptych.engine.outbox import Outbox
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
+from diptych.evaluate.intervals import Estimate
 from diptych.workflow import claim as claims
-from diptych.workflow import identity
+from diptych.workflow import claim_page, identity
 from diptych.workflow.project import Project
 
 EXPERIMENT = "diptych-claims"
 METRIC_NAMES = {"rows": "data/train/rows", "train_s": "time/train_s"}
+TAG_CHARS = 4_000
+RESULT = ("result", *(f"result.{index}" for index in range(1, 8)))
+"""The tags that hold a claim's result, one after another."""
 HEAD = """# Reproductions
 
 What each paper claims, the small experiment that should show it, and what came out here. Written by `diptych claim NAME`
@@ -32,22 +36,23 @@ def run(path: Path, project: Project, in_process: bool, tracking_uri: str | None
     tracker.check()
     with Session(in_process=in_process) as session:
         result = claims.run(path, project, session, Progress())
-    _record(tracker, result)
+    _record(tracker, result, claim_page.write(result, project))
     if tracker.close() == 0:
         write(project, tracker)
     return result
 
 
-def _record(tracker: tracking.Tracker, result: claims.ClaimResult) -> None:
+def _record(tracker: tracking.Tracker, result: claims.ClaimResult, page: Path) -> None:
     file = result.file
     group = {"claim": file.claim, "config": digest.short(digest.of_plain(file.plain()))}
-    summary = tracker.start(file.claim, tags={**group, "kind": "claim", "result": json.dumps(_plain(result))})
+    summary = tracker.start(file.claim, tags={**group, "kind": "claim", **_in_tags(json.dumps(_plain(result)))})
     tracker.params(summary, {"seeds": list(file.seeds), "arms": list(file.arms), "code": digest.short(identity.code("train"))})
     for finding in result.findings:
         d, e = finding.demand, finding.estimate
         name = f"claim/{d.better}{'' if d.worse is None else f'-{d.worse}'}/{d.metric.rsplit('/', 1)[1]}"
         tracker.metrics(summary, {name: e.mean, f"{name}/low": e.low, f"{name}/high": e.high})
     tracker.metrics(summary, {"claim/shown": float(result.shown), "time/total_s": result.wall_s})
+    tracker.artifact(summary, page)
     for row in result.table.iter_rows(named=True):
         trial = tracker.start(
             f"{file.claim}/{row['arm']}/s{row['seed']}", tags={**group, "kind": "arm", "arm": row["arm"], "seed": str(row["seed"])}
@@ -55,6 +60,12 @@ def _record(tracker: tracking.Tracker, result: claims.ClaimResult) -> None:
         tracker.metrics(trial, {_metric_name(key): value for key, value in row.items() if isinstance(value, float)})
         tracker.end(trial)
     tracker.end(summary)
+
+
+def _in_tags(text: str) -> dict[str, str]:
+    """A text as tags, each of which is cut where MLflow would cut it."""
+    assert len(text) <= TAG_CHARS * len(RESULT), "a claim of so many arms needs another place for its result"
+    return {name: part for index, name in enumerate(RESULT) if (part := text[index * TAG_CHARS : (index + 1) * TAG_CHARS])}
 
 
 def _metric_name(key: str) -> str:
@@ -66,22 +77,36 @@ def _plain(result: claims.ClaimResult) -> dict[str, Any]:
     file = result.file
     findings = [
         {
-            **finding.demand.plain(), "mean": finding.estimate.mean, "low": finding.estimate.low, "high": finding.estimate.high, "shown": finding.shown,
-            "better_values": [finding.better[seed] for seed in sorted(finding.better)], "worse_values": [finding.worse[seed] for seed in sorted(finding.worse)],
+            **finding.demand.plain(), **_estimate(finding.estimate), "shown": finding.shown,
+            "better_values": [_short(finding.better[seed]) for seed in sorted(finding.better)],
+            "worse_values": [_short(finding.worse[seed]) for seed in sorted(finding.worse)],
         }
         for finding in result.findings
     ]  # fmt: skip
+    arms = {
+        arm: {"chosen": tuned.chosen, "at_edge": tuned.at_edge, **{metric: _estimate(found) for metric in result.metrics if (found := result.summary(arm, metric))}}
+        for arm, tuned in result.tuned.items()
+    }  # fmt: skip
     return {
         "claim": file.claim, "seeds": list(file.seeds), "shown": result.shown,
-        "findings": findings, "wall_s": result.wall_s,
+        "findings": findings, "wall_s": result.wall_s, **({"arms": arms} if arms else {}),
     }  # fmt: skip
+
+
+def _short(value: float) -> float:
+    """Six digits: a tag holds only so many characters."""
+    return float(f"{value:.6g}")
+
+
+def _estimate(found: Estimate) -> dict[str, float]:
+    return {"mean": _short(found.mean), "low": _short(found.low), "high": _short(found.high)}
 
 
 def write(project: Project, tracker: tracking.Tracker) -> Path:
     """Rewrites `docs/REPRODUCTIONS.md` from the newest summary run of every claim."""
     newest: dict[str, Mapping[str, Any]] = {}
     for tags in tracking.newest_first(tracker.target, "tags.kind = 'claim'"):
-        found = json.loads(tags["result"])
+        found = json.loads("".join(tags.get(name, "") for name in RESULT))
         newest.setdefault(found["claim"], found)
     files = {file.stem: claims.load(file) for file in (project.root / "workflows" / "claims").glob("*.yaml")}
     path = project.root / "docs" / "REPRODUCTIONS.md"
@@ -106,11 +131,27 @@ def _entry(found: Mapping[str, Any], file: claims.ClaimFile) -> str:
         lines += [f"Paper: {file.paper}. {file.headline}", ""]
     lines += ["| figure | compared | difference | 95 % interval | demanded | result | values by seed |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {f['metric']} | {_compared(f)} | {f['mean']:+.3f} | {f['low']:+.3f} to {f['high']:+.3f} | {_demanded(f)} | {'shown' if f['shown'] else 'not shown'} | {_values(f)} |"
+        f"| {f['metric']} | {_compared(f)} | {claims.number(f['mean'], '+')} | {claims.number(f['low'], '+')} to {claims.number(f['high'], '+')} | {_demanded(f)} | {'shown' if f['shown'] else 'not shown'} | {_values(f)} |"
         for f in found["findings"]
     ]
+    if arms := found.get("arms"):
+        lines += ["", *_chosen(arms)]
     lines += ["", f"Seeds {', '.join(map(str, found['seeds']))}; {found['wall_s']:.0f} s. `diptych claim {found['claim']}`", ""]
     return "\n".join(lines)
+
+
+def _chosen(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the arms that chose values of their own, with their figures."""
+    metrics = list(dict.fromkeys(name for arm in arms.values() for name in arm if name not in ("chosen", "at_edge")))
+    lines = [f"| arm | chose | {' | '.join(metrics)} |", f"|---|---|{'---|' * len(metrics)}"]
+    for name, arm in arms.items():
+        values = ", ".join(f"{key} = {value}{' (edge)' if key in arm['at_edge'] else ''}" for key, value in arm["chosen"].items())
+        cells = [
+            f"{arm[metric]['mean']:.3g} ({arm[metric]['low']:.3g} to {arm[metric]['high']:.3g})" if metric in arm else ""
+            for metric in metrics
+        ]
+        lines.append(f"| {name} | {values} | {' | '.join(cells)} |")
+    return lines
 
 
 def _compared(finding: Mapping[str, Any]) -> str:
@@ -124,7 +165,7 @@ def _compared(finding: Mapping[str, Any]) -> str:
 
 
 def _demanded(finding: Mapping[str, Any]) -> str:
-    words = f"{'≥' if finding['least'] > 0 else 'above'} {finding['least']:+.3f}"
+    words = f"{'≥' if finding['least'] > 0 else 'above'} {claims.number(finding['least'], '+')}"
     return words + (", every seed" if finding.get("every_seed") else "")
 
 
@@ -133,4 +174,4 @@ def _values(finding: Mapping[str, Any]) -> str:
 
 
 def _list(values: list[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
+    return " ".join(claims.number(value) for value in values)

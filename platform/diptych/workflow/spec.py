@@ -43,6 +43,9 @@ class TrainSection(TrainConfig):
     init: Literal["random"] | str = Field(default="random", description="`random`, or a model directory to start from")
     objective: dict[str, Any] = Field(default={"method": "clip"}, description="an objective and its parameters")
     optimizer: dict[str, Any] = Field(default={"method": "adamw"}, description="an optimizer and its parameters")
+    batch_growth: dict[str, Any] | None = Field(
+        default=None, description="what lets the batch grow, and its parameters; batch_size is then a micro-batch's, and a step is one"
+    )
     workers: int = Field(default=1, ge=1, le=4096, description="data-parallel processes")
 
     @model_validator(mode="after")
@@ -135,6 +138,7 @@ class Workflow:
     train: TrainSection
     objective: Config
     optimizer: Config
+    batch_growth: Config | None
     compress: tuple[Config, ...]
     benchmarks: tuple[Config, ...]
     sets: tuple[EvaluationSet, ...]
@@ -152,6 +156,7 @@ class Workflow:
                 values: Any = {"source": self.source.plain(), "ingest": self.ingest.plain(), "files": methods.source_files(self.source)}
             case "train":
                 values = {**self.train.plain(), "objective": self.objective.plain(), "optimizer": self.optimizer.plain()}
+                values |= {"batch_growth": None if self.batch_growth is None else self.batch_growth.plain()}
             case "evaluate":
                 values = {"benchmarks": [c.plain() for c in self.benchmarks], "sweep": self.sweep.plain() if self.sweep else None}
                 values |= {"sets": {one.name: one.plain() for one in self.sets}} if self.sets else {}
@@ -210,6 +215,8 @@ def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -
     train = train if isinstance(train, Mapping) else {}
     objective = attempt(lambda: methods.method(train.get("objective", {"method": "clip"}), "objective", "train.objective"))
     optimizer = attempt(lambda: methods.method(train.get("optimizer", {"method": "adamw"}), "optimizer", "train.optimizer"))
+    growth = train.get("batch_growth")
+    batch_growth = None if growth is None else attempt(lambda: methods.method(growth, "batch-size", "train.batch_growth"))
     attempt(lambda: check_model(train.get("model"), "train.model"))
     checks.refuse()
     assert skeleton is not None
@@ -220,8 +227,9 @@ def check(raw: Mapping[str, Any], path: Path, overrides: tuple[str, ...] = ()) -
     workflow = Workflow(
         name=skeleton.name, path=path, seed=skeleton.seed, raw=raw, overrides=overrides, source=source, ingest=ingest,
         curate=lists["curate"], prune=lists["prune"], caption=lists["caption"], train=skeleton.train, objective=objective,
-        optimizer=optimizer, compress=lists["compress"], benchmarks=benchmarks, sets=sets, sweep=skeleton.evaluate.sweep,
+        optimizer=optimizer, batch_growth=batch_growth, compress=lists["compress"], benchmarks=benchmarks, sets=sets, sweep=skeleton.evaluate.sweep,
     )  # fmt: skip
+    _check_optimizer(workflow)
     _check_sweep(workflow)
     return workflow
 
@@ -235,6 +243,26 @@ def check_model(name: Any, where: str) -> None:
     if name not in clip.names():
         raise ConfigError(headline(1), [Problem(where, shorten(name), "an architecture of ours or of open_clip, or a directory",
                                                 nearest(name, clip.names()))])  # fmt: skip
+
+
+def _check_optimizer(workflow: Workflow) -> None:
+    """Refuses what an optimizer cannot do together with the rest of the training."""
+    train, optimizer, growth = workflow.train, workflow.optimizer, workflow.batch_growth
+    name, problems = optimizer.plain()["method"], []
+    if growth is not None:
+        if getattr(optimizer, "curvature", "none") != "none" or getattr(optimizer, "counts_updates", False):
+            problems.append(Problem("train.batch_growth", f"{name} under it", "an optimizer that does not count updates, such as adamw"))
+        largest = getattr(growth, "max_batch_size", None)
+        if largest is not None and largest < 2 * train.batch_size:
+            expected = f"at least {2 * train.batch_size}: an update takes two micro-batches of train.batch_size or more"
+            problems.append(Problem("train.batch_growth.max_batch_size", str(largest), expected))
+    if getattr(optimizer, "adapter", "none") != "none":
+        if train.init == "random":
+            problems.append(Problem("train.init", "random", "a model directory: an adapter opens on the model it was trained on"))
+        if train.ema is not None:
+            problems.append(Problem("train.ema", str(train.ema), "null: averaged weights are no longer those of an adapter"))
+    if problems:
+        raise ConfigError(headline(len(problems)), problems)
 
 
 def _check_sweep(workflow: Workflow) -> None:
