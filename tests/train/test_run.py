@@ -73,7 +73,8 @@ def test_a_run_leaves_a_model_that_opens_with_its_lineage(straight: tuple[Path, 
     assert summary.steps == 6
     assert summary.samples_seen == 96
     assert summary.resumed_from == 0
-    assert set(summary.losses) == {"loss", "accuracy", "lr", "grad_norm", "logit_scale"}
+    watched = {"image_rank", "text_rank", "image_uniformity", "text_uniformity", "alignment"}
+    assert set(summary.losses) == {"loss", "accuracy", "lr", "grad_norm", "logit_scale"} | watched
     assert summary.limited_by in ("step", "decode", "data wait", "synchronise")
     assert summary.advice
     parts = summary.data_wait_s + summary.step_s + summary.sync_s + summary.checkpoint_s

@@ -142,17 +142,19 @@ class Clip(nn.Module):
 
         Candidates are the texts of all ranks, so chance is 1/N. `accuracy` is detached.
         """
-        features, variant = (encoded.image_ND, encoded.text_ND, encoded.logit_scale), self._variant
+        image_ND, text_ND, scale, local, grad = (
+            encoded.image_ND,
+            encoded.text_ND,
+            encoded.logit_scale,
+            self.local_loss,
+            self.gather_with_grad,
+        )
         if self.chunk is not None:
-            loss, accuracy = chunked_clip_loss(*features, self.chunk, **variant)
+            loss, accuracy = chunked_clip_loss(image_ND, text_ND, scale, self.chunk, local_loss=local, gather_with_grad=grad)
             return {"loss": loss, "accuracy": accuracy}
-        logits = clip_logits(*features, **variant)
+        logits = clip_logits(image_ND, text_ND, scale, local_loss=local, gather_with_grad=grad)
         hit = logits.image.detach().argmax(dim=1) == logits.label_n
         return {"loss": _loss(logits), "accuracy": hit.float().mean()}
-
-    @property
-    def _variant(self) -> dict[str, bool]:
-        return {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
 
     def sampled_loss(self, encoded: Encoded, generator: torch.Generator) -> tuple[Tensor, int]:
         """The loss against partners drawn from the model's own softmaxes, and their number: two a pair of the global batch.

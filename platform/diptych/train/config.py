@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from diptych.core.config import Config
 from diptych.train.augment import AugmentConfig
+from diptych.train.best import VALIDATION, KeepBest
 from diptych.train.schedule import ScheduleConfig
 
 
@@ -51,6 +52,15 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, ge=1, description="steps between two records of steps.jsonl")
     checkpoint_every_s: float = Field(default=60.0, ge=0, description="seconds between two checkpoints; 0: every step")
     checkpoint_every_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints, beside the seconds")
+    checkpoint_async: bool = Field(
+        default=True, description="checkpoints are written while training goes on, from a copy in memory as large as they are"
+    )
+    keep_best: KeepBest | None = Field(
+        default=None, description="keep the checkpoint with the best figure, and make the model of it; null: the last one's"
+    )
+    validate_every_steps: int | None = Field(
+        default=None, ge=1, description="steps between two losses of the split `val`, logged as val_loss; a multiple of log_every"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -62,7 +72,21 @@ class TrainConfig(Config):
             raise ValueError("avoid and labelled both compose the batches; only one can be given")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
+        self._check_best()
         return self
+
+    def _check_best(self) -> None:
+        every = self.validate_every_steps
+        if every is not None and every % self.log_every:
+            raise ValueError(
+                f"validate_every_steps {every} is not a multiple of log_every {self.log_every}, so its loss would not be logged"
+            )
+        if self.keep_best is None:
+            return
+        if self.checkpoint_every_steps is None:
+            raise ValueError("keep_best chooses among checkpoints by steps, so it needs checkpoint_every_steps")
+        if self.keep_best.metric == VALIDATION and every is None:
+            raise ValueError("keep_best by val_loss needs validate_every_steps")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer updates of the whole run; a fraction of an epoch is rounded to whole steps, at least one."""

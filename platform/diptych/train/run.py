@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
-from diptych.train import sync
+from diptych.train import sync, validate
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
@@ -24,6 +25,7 @@ from diptych.train.ema import Ema
 from diptych.train.growth import Growth
 from diptych.train.loader import PairLoader
 from diptych.train.loop import Record, Run, fit
+from diptych.train.validate import Validation
 
 if TYPE_CHECKING:
     from diptych.models.clip import DualEncoder
@@ -77,6 +79,7 @@ def train(
     device: str = "cpu",
     on_log: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
 ) -> TrainSummary:
     """Trains a dual encoder on a pair dataset and writes its model directory, or goes on where an earlier call was killed.
 
@@ -98,6 +101,7 @@ def train(
         rank, world, device: this process's place.
         on_log: called on rank 0 with each record of `steps.jsonl`.
         should_stop: asked after each step; if true on any rank, all stop after a checkpoint, and no model is written.
+        should_save: likewise; if true on any rank, a checkpoint is written and training goes on.
 
     Raises ConfigError for settings that do not fit the data, DataError for broken pictures and for losses that are not finite.
     """
@@ -126,13 +130,15 @@ def train(
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
+        task = Contrastive(state.model, state.objective, config.accumulate, precision)
         run = Run(
-            task=Contrastive(state.model, state.objective, config.accumulate, precision),
+            task=task,
             loader=loader,
             schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
             config=config,
             total_steps=total_steps, seed=seed, log=scratch / "steps.jsonl", checkpoints=checkpoints,
-            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, growth=growth,
+            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, should_save=should_save,
+            growth=growth, validation=_validation(dataset, config, task, place, device),
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
@@ -234,6 +240,19 @@ def _rows(dataset: PairDataset, split: str | None, config: TrainConfig, wanted: 
     return frame
 
 
+def _validation(dataset: PairDataset, config: TrainConfig, task: Contrastive, place: dict[str, int], device: str) -> Validation | None:
+    """The validation that a run asks for. Raises ConfigError if the data set has no pairs for it."""
+    if config.validate_every_steps is None:
+        return None
+    frame = dataset.read(["key", "image", "captions", "split"]).filter(pl.col("split") == "val")
+    model: Any = task.model
+    own = validate.settings(config, frame.height, place["world"])
+    loader = PairLoader(
+        frame, dataset.reader(), model.tokenizer, model.image_size, own, seed=place["seed"], rank=place["rank"], world=place["world"]
+    )
+    return Validation(loader, task, model, place["world"], device)
+
+
 def _class_names(dataset: PairDataset, split: str | None) -> dict[int, str]:
     """The name of each label of the training pairs, by rising label; none if there is no such column.
 
@@ -290,7 +309,12 @@ def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) ->
     _refuse_short_run(state, run.total_steps * run.config.batch_size)
     if run.rank == 0:
         model: Any = state.model if state.ema is None else state.ema.model
-        clip.save(model, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
+        chosen = int(state.best.get("step", state.step))
+        if chosen != state.step:
+            folder = run.checkpoints.of_step(chosen)
+            load_model(model, folder / ("model.safetensors" if state.ema is None else "ema.safetensors"), strict=True, device=run.device)
+        lineage = {**identity, "steps": state.step, "samples_seen": state.samples_seen}
+        clip.save(model, out, lineage if run.config.keep_best is None else {**lineage, "best": state.best})
 
 
 def _summary(run: Run, state: TrainState, record: Record, resumed_from: int) -> TrainSummary:
