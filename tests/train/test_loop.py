@@ -170,3 +170,16 @@ def test_the_caller_hears_every_record(tmp_path: Path) -> None:
     last = fit(run, state)
     assert heard == records(tmp_path)
     assert last == heard[-1]
+
+
+def test_a_checkpoint_is_written_when_it_is_asked_for_and_training_goes_on(
+    straight: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run, state = start(tmp_path, checkpoint_every_steps=None)
+    asked, saved, save = [], [], run.checkpoints.save
+    object.__setattr__(run.checkpoints, "save", lambda current, **how: saved.append(current.step) or save(current, **how))
+    run.should_save = lambda: asked.append(state.step) or state.step == 7
+    fit(run, state)
+    assert asked == list(range(1, 13)), "once a step, whatever else is due"
+    assert saved == [7, 12]
+    assert equal(weights(state), straight[1])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.core import catalogue
 from diptych.core.errors import DataError, DiptychError, ResourceError
+from diptych.engine import notice
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 
@@ -33,7 +34,8 @@ class Job:
     """One training, as plain data that travels to workers.
 
     `objective` and `optimizer` are resolved parameters with their `method`; `out` is where the model directory is
-    renamed to; `scratch` keeps checkpoints and the step log, and must be reachable from every worker.
+    renamed to; `scratch` keeps checkpoints and the step log, and must be reachable from every worker. With `min_workers` a cluster that
+    has fewer than `workers` trains with what it has, from that many on, and takes more in when they come.
     """
 
     dataset: Path
@@ -46,19 +48,30 @@ class Job:
     scratch: Path
     seed: int
     workers: int
+    min_workers: int | None = None
 
 
 def run(job: Job, session: Session, progress: Progress | None = None) -> dict[str, Any]:
     """Trains and gives the summary: samples seen, where time went, final losses. Continues from the newest checkpoint.
 
-    Raises DataError for a loss that is not finite or a picture that broke, ResourceError when workers cannot be had.
+    Raises DataError for a loss that is not finite, embeddings that collapsed or a picture that broke, ResourceError when workers cannot be
+    had, and KeyboardInterrupt after SIGTERM in process, when a checkpoint is written.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     if progress and (step := _saved_step(job.scratch)):
         progress.note(f"training continues from the checkpoint of step {step:,}")
     with _watch(job.scratch / "steps.jsonl", progress):
-        summary = work(job, 0, 1) if session.in_process else _on_ray(job, session)
+        summary = _here(job) if session.in_process else _on_ray(job, session)
     shutil.rmtree(job.scratch / "checkpoints", ignore_errors=True)
+    return summary
+
+
+def _here(job: Job) -> dict[str, Any]:
+    """Trains in this process, which a SIGTERM ends after a checkpoint."""
+    with notice.termination() as asked:
+        summary = work(job, 0, 1, should_stop=asked)
+    if not summary["finished"]:
+        raise KeyboardInterrupt
     return summary
 
 
@@ -73,6 +86,7 @@ def work(
     world: int,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """What one worker does: builds the objective and the optimizer by name and enters the loop."""
     from diptych.train.run import train
@@ -81,7 +95,7 @@ def work(
     optimizer = catalogue.config_class(catalogue.find(str(job.optimizer["method"]), "optimizer")).parse(dict(job.optimizer))
     summary = train(
         job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,  # type: ignore[attr-defined]
-        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop,
+        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop, should_save=should_save,
     )  # fmt: skip
     return asdict(summary)
 
@@ -98,13 +112,15 @@ def _on_ray(job: Job, session: Session) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cores = int(ray.cluster_resources().get("CPU", 1))
-    if job.workers > cores and not session.address:
-        raise ResourceError.at("More workers than cores", "train.workers", job.workers, f"at most {cores}", f"set train.workers={cores}")
-    gpus = int(ray.cluster_resources().get("GPU", 0)) >= job.workers
+    least = job.min_workers or job.workers
+    if least > cores and not session.address:
+        raise ResourceError.at("More workers than cores", "train.workers", least, f"at most {cores}", f"set train.workers={cores}")
+    gpus = int(ray.cluster_resources().get("GPU", 0)) >= least
+    workers = job.workers if least == job.workers else (least, job.workers)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name=f"train-{job.seed}",
@@ -152,7 +168,7 @@ def _ray_worker(settings: Mapping[str, Any]) -> None:
     job: Job = settings["job"]
     failure = job.scratch / "failure.json"
     try:
-        summary = work(job, context.get_world_rank(), context.get_world_size())
+        summary = work(job, context.get_world_rank(), context.get_world_size(), should_save=notice.preemption())
     except DiptychError as error:
         # A mistake of the user or the data will not go away by retrying: leave word for the driver.
         failure.write_text(json.dumps({"headline": error.headline, "problems": [asdict(problem) for problem in error.problems]}))

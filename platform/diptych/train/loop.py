@@ -130,7 +130,8 @@ def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> 
         state.samples_seen += taken * config.batch_size
         due = state.step == run.total_steps or is_checkpoint_due(config, state.step, time.monotonic() - saved_at, taken)
         with clock("sync"):
-            stop, due = sync.agree([_asked(run.should_stop), due or _asked(run.should_save)], run.world, run.device)
+            wanted = _asked(run.should_save)  # asked equally often on every rank, so not only where nothing else is due
+            stop, due = sync.agree([_asked(run.should_stop), due or wanted], run.world, run.device)
         if log_due or stop:
             extra = {
                 "lr": lr,

@@ -180,6 +180,7 @@ def training_job(bench: Bench) -> training.Job:
         scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), dataset.digest]))}").resolve(),
         seed=workflow.seed,
         workers=section.workers,
+        min_workers=section.min_workers,
     )
 
 
