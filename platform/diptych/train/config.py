@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from diptych.core.config import Config
+from diptych.train import curriculum
 from diptych.train.augment import AugmentConfig
 from diptych.train.best import VALIDATION, KeepBest
+from diptych.train.curriculum import ImageStage, TextStage
 from diptych.train.schedule import ScheduleConfig
+
+UNJUDGED: Mapping[str, None] = {"validate_every_steps": None, "keep_best": None}
+"""What a training goes without whose checkpoints nobody compares: a probe, a scout."""
 
 
 class TrainConfig(Config):
@@ -21,6 +27,23 @@ class TrainConfig(Config):
     accumulate: int = Field(default=1, ge=1, description="micro-batches a worker encodes one after another; the loss still sees all pairs")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         default="fp32", description="arithmetic of the encoders; the loss is always float32; auto: bf16 where the device has it"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="every worker holds the whole model, or (FSDP2) a part of its weights, gradients and moments"
+    )
+    compile: bool = Field(default=False, description="compile the towers (torch.compile); the first steps take longer")
+    checkpoint_activations: bool = Field(
+        default=False, description="compute activations again in the backward: less memory, a third more time"
+    )
+    layer_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="factor of the learning rate from each layer to the one below; null: all learn alike"
+    )
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out while training")
+    image_sizes: tuple[ImageStage, ...] = Field(
+        default=(), description="stages {size, share} of smaller or larger pictures; after them the model's own size"
+    )
+    text_lengths: tuple[TextStage, ...] = Field(
+        default=(), description="stages {tokens, share} of shorter captions; after them the model's whole context"
     )
     no_decay: tuple[str, ...] = Field(default=(), description="parts of parameter names that do not decay, beside gains and biases")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="learning rate by step")
@@ -73,7 +96,27 @@ class TrainConfig(Config):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
         self._check_best()
+        self._check_parallel()
+        curriculum.check("image_sizes", self.image_sizes)
+        curriculum.check("text_lengths", self.text_lengths)
+        if self.compile and self.image_sizes:
+            raise ValueError("compile builds the image tower for one size, so it excludes image_sizes")
+        if self.patch_dropout and self.freeze == "image":
+            raise ValueError("patch_dropout has no effect with freeze: image, since a frozen tower behaves as in evaluation")
         return self
+
+    def _check_parallel(self) -> None:
+        if self.parallel == "ddp":
+            return
+        for name, reason in (
+            ("ema", "an average needs the whole weights on every worker"),
+            ("compile", "sharded towers are not compiled here"),
+            ("image_sizes", "position embeddings are interpolated whole"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"parallel: fsdp excludes {name}: {reason}")
+        if self.accumulate > 1:
+            raise ValueError("parallel: fsdp excludes accumulate above 1: a micro-batch's backward would gather the weights anew each time")
 
     def _check_best(self) -> None:
         every = self.validate_every_steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
-from diptych.train import sync, validate
+from diptych.train import sync, towers, validate
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
@@ -130,6 +130,8 @@ def train(
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
+        if config.compile:
+            towers.compiled(model, device)
         task = Contrastive(state.model, state.objective, config.accumulate, precision)
         run = Run(
             task=task,
@@ -146,14 +148,24 @@ def train(
         return _summary(run, state, record, resumed_from)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = (), scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay as it says, and gains, biases and temperatures, which do not.
 
     The rule of `models.decay`; names that hold one of `no_decay` do not decay either. Names stand under torch's key `param_names`.
+    With `scales`, factors of the learning rate by name, there are two groups a factor, which they carry as `layer_scale`.
     """
-    groups: list[dict[str, Any]] = [{"params": [], "param_names": []}, {"params": [], "param_names": [], "weight_decay": 0.0}]
+    plain: list[dict[str, Any]] = [{"params": [], "param_names": []}, {"params": [], "param_names": [], "weight_decay": 0.0}]
+    by_scale: dict[float, list[dict[str, Any]]] = {1.0: plain}
+    groups = [*plain]
     for name, parameter in named_parameters:
-        group = groups[0 if decays(name, parameter, no_decay) else 1]
+        scale = 1.0 if scales is None else scales.get(name, 1.0)
+        if scale not in by_scale:
+            twins = [{"params": [], "param_names": [], "layer_scale": scale, **rest} for rest in ({}, {"weight_decay": 0.0})]
+            by_scale[scale] = twins
+            groups += twins
+        group = by_scale[scale][0 if decays(name, parameter, no_decay) else 1]
         group["params"].append(parameter)
         group["param_names"].append(name)
     return groups
@@ -190,13 +202,14 @@ def _model(name: str, seed: int, config: TrainConfig, device: str) -> DualEncode
     from diptych.models import clip
 
     model = clip.create(name, seed).to(device).train()
+    towers.prepare(model, config)
     if config.freeze != "none":
         clip.freeze(model, config.freeze)
     return model
 
 
 def _first_state(
-    model: nn.Module,
+    model: DualEncoder,
     objective: nn.Module,
     build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
     config: TrainConfig,
@@ -207,9 +220,11 @@ def _first_state(
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    optimizer = build_optimizer(parameter_groups(trained, config.no_decay))
+    scales = None if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
+    optimizer = build_optimizer(parameter_groups(trained, config.no_decay, scales))
     for group in optimizer.param_groups:
-        group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
+        group["lr_scale"] = group["lr"] / optimizer.defaults["lr"] * group.get("layer_scale", 1.0)
+    towers.refuse_second_derivatives(config, optimizer)
     _plan(optimizer, total_steps)
     return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))
 

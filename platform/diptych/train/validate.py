@@ -61,7 +61,15 @@ def settings(config: TrainConfig, rows: int, world: int) -> TrainConfig:
             "There are too few pairs to validate on", "validate_every_steps", rows, f"at least {2 * world} in the split val"
         )
     whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    changes = {"augment": whole, "caption": "first", "original": None, "avoid": None, "labelled": None}
+    changes = {
+        "augment": whole,
+        "caption": "first",
+        "original": None,
+        "avoid": None,
+        "labelled": None,
+        "image_sizes": (),
+        "text_lengths": (),
+    }
     return config.model_copy(update={**changes, "batch_size": batch_size, "accumulate": 1})
 
 
