@@ -48,3 +48,13 @@ def test_plain_data_comes_back() -> None:
 def test_choices_of_a_checkpoint_that_cannot_be_made_are_refused(wrong: dict[str, object], hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         TrainConfig.parse({"epochs": 1, **wrong})
+
+
+def test_threads_of_the_loader_take_the_cores_that_are_left() -> None:
+    auto = TrainConfig.parse({"epochs": 1})
+    assert [auto.loader_threads(cores) for cores in (1, 2, 4, 64)] == [0, 1, 3, 16]
+    assert TrainConfig.parse({"epochs": 1, "threads": 3}).loader_threads(4) == 1
+    assert TrainConfig.parse({"epochs": 1, "loader_workers": 5}).loader_threads(1) == 5
+    for wrong in (-1, 257, "many"):
+        with pytest.raises(ConfigError):
+            TrainConfig.parse({"epochs": 1, "loader_workers": wrong})

@@ -17,7 +17,7 @@ from diptych.core import catalogue
 from diptych.core.errors import DataError, DiptychError, ResourceError
 from diptych.engine import notice
 from diptych.engine.progress import Progress
-from diptych.engine.session import Session
+from diptych.engine.session import Session, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,15 +61,15 @@ def run(job: Job, session: Session, progress: Progress | None = None) -> dict[st
     if progress and (step := _saved_step(job.scratch)):
         progress.note(f"training continues from the checkpoint of step {step:,}")
     with _watch(job.scratch / "steps.jsonl", progress):
-        summary = _here(job) if session.in_process else _on_ray(job, session)
+        summary = _here(job, session.cores or usable_cores()) if session.in_process else _on_ray(job, session)
     shutil.rmtree(job.scratch / "checkpoints", ignore_errors=True)
     return summary
 
 
-def _here(job: Job) -> dict[str, Any]:
+def _here(job: Job, cores: int) -> dict[str, Any]:
     """Trains in this process, which a SIGTERM ends after a checkpoint."""
     with notice.termination() as asked:
-        summary = work(job, 0, 1, should_stop=asked)
+        summary = work(job, 0, 1, should_stop=asked, cores=cores)
     if not summary["finished"]:
         raise KeyboardInterrupt
     return summary
@@ -87,6 +87,7 @@ def work(
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     should_save: Callable[[], bool] | None = None,
+    cores: int = 1,
 ) -> dict[str, Any]:
     """What one worker does: builds the objective and the optimizer by name and enters the loop."""
     from diptych.train.run import train
@@ -95,7 +96,7 @@ def work(
     optimizer = catalogue.config_class(catalogue.find(str(job.optimizer["method"]), "optimizer")).parse(dict(job.optimizer))
     summary = train(
         job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,  # type: ignore[attr-defined]
-        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop, should_save=should_save,
+        init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop, should_save=should_save, cores=cores,
     )  # fmt: skip
     return asdict(summary)
 
@@ -168,7 +169,8 @@ def _ray_worker(settings: Mapping[str, Any]) -> None:
     job: Job = settings["job"]
     failure = job.scratch / "failure.json"
     try:
-        summary = work(job, context.get_world_rank(), context.get_world_size(), should_save=notice.preemption())
+        cores = usable_cores() // context.get_local_world_size()
+        summary = work(job, context.get_world_rank(), context.get_world_size(), should_save=notice.preemption(), cores=cores)
     except DiptychError as error:
         # A mistake of the user or the data will not go away by retrying: leave word for the driver.
         failure.write_text(json.dumps({"headline": error.headline, "problems": [asdict(problem) for problem in error.problems]}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from diptych.train.best import VALIDATION, KeepBest
 from diptych.train.curriculum import ImageStage, TextStage
 from diptych.train.schedule import ScheduleConfig
 
+MOST_SPARE = 16
+"""Threads of a loader at most that nobody asked for by number."""
 UNJUDGED: Mapping[str, None] = {"validate_every_steps": None, "keep_best": None}
 """What a training goes without whose checkpoints nobody compares: a probe, a scout."""
 
@@ -67,7 +69,9 @@ class TrainConfig(Config):
     )
     avoid: str | None = Field(default=None, description="a column, e.g. label: no two pairs of one batch have the same value in it")
 
-    loader_workers: int = Field(default=0, ge=0, le=256, description="threads that read and decode ahead; 0: none, everything in line")
+    loader_workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        default="auto", description="threads that read and decode ahead; 0: none, everything in line; auto: as many as cores are to spare"
+    )
     cache_bytes: int = Field(default=1 << 30, ge=0, description="if all decoded pictures fit, they are kept in memory at full size")
     threads: int = Field(
         default=1, ge=1, le=1024, description="torch threads a process; part of the arithmetic, so not taken from the machine"
@@ -130,6 +134,10 @@ class TrainConfig(Config):
             raise ValueError("keep_best chooses among checkpoints by steps, so it needs checkpoint_every_steps")
         if self.keep_best.metric == VALIDATION and every is None:
             raise ValueError("keep_best by val_loss needs validate_every_steps")
+
+    def loader_threads(self, cores: int) -> int:
+        """The loader's threads in a process that has this many cores to itself; arithmetic takes `threads` of them."""
+        return max(0, min(MOST_SPARE, cores - self.threads)) if self.loader_workers == "auto" else self.loader_workers
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer updates of the whole run; a fraction of an epoch is rounded to whole steps, at least one."""

@@ -90,6 +90,7 @@ class PairLoader:
         seed: names every draw.
         rank, world: this process's share of each global batch.
         wants: views, columns and captions that the objective wants beside; by default none.
+        cores: that this process has to itself, for `loader_workers: auto`.
 
     Raises ConfigError if the batch does not divide by the ranks, is larger than the data, `avoid` or `labelled` cannot be kept, or
     something wanted is not there.
@@ -107,6 +108,7 @@ class PairLoader:
         rank: int = 0,
         world: int = 1,
         wants: Wants = PLAIN,
+        cores: int = 1,
     ) -> None:
         if config.batch_size % world:
             raise ConfigError.at("The batch does not divide by the workers", "batch_size", config.batch_size, f"a multiple of {world}")
@@ -120,6 +122,7 @@ class PairLoader:
         if config.text_lengths and not hasattr(tokenizer, "shorten"):
             got = type(tokenizer).__name__
             raise ConfigError.at("Captions cannot be cut for this model", "text_lengths", got, "a model with CLIP's own tokenizer")
+        self.threads = config.loader_threads(cores)
         self._total_steps = config.total_steps(self.order.steps_per_epoch)
         self._cache: dict[int, Pixels] | None = {} if self.table.pixels * 4 <= config.cache_bytes else None
 
@@ -129,8 +132,8 @@ class PairLoader:
         return self.order.steps_per_epoch
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of the steps in [start, stop), counted over all epochs; read ahead by `loader_workers` threads."""
-        workers = self.config.loader_workers
+        """The batches of the steps in [start, stop), counted over all epochs; read ahead by the loader's threads."""
+        workers = self.threads
         if workers == 0:
             yield from map(self.batch, range(start, stop))
             return

@@ -77,6 +77,7 @@ def train(
     rank: int = 0,
     world: int = 1,
     device: str = "cpu",
+    cores: int = 1,
     on_log: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     should_save: Callable[[], bool] | None = None,
@@ -99,6 +100,7 @@ def train(
         init: `"random"`, or a model directory to start from.
         build_batch_size: gives what lets the batch grow (`growth.py`); `config.batch_size` is then that of a micro-batch.
         rank, world, device: this process's place.
+        cores: that this process has to itself; those that arithmetic leaves free may decode ahead.
         on_log: called on rank 0 with each record of `steps.jsonl`.
         should_stop: asked after each step; if true on any rank, all stop after a checkpoint, and no model is written.
         should_save: likewise; if true on any rank, a checkpoint is written and training goes on.
@@ -117,7 +119,7 @@ def train(
         wants = Wants.of(objective)
         rows = _rows(dataset, split, config, wants.columns)
         place = {"seed": seed, "rank": rank, "world": world}
-        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, **place)
+        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
         _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
