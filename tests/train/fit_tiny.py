@@ -74,6 +74,7 @@ def main() -> None:
 
     def killed() -> bool:
         if state.step == kill_after:
+            run.checkpoints.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         return False
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,80 @@ def test_no_pickled_code_is_run(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         checkpoints.restore(path, state)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_written_later_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, {}), trained()
+    state.model.register_parameter("twin", state.model.words.weight)  # type: ignore[arg-type, union-attr]
+    state.ema.model.register_parameter("twin", state.ema.model.words.weight)  # type: ignore[arg-type, union-attr]
+    before = {name: value.clone() for name, value in content(state).items()}
+    path = checkpoints.save(state, later=True)
+    with torch.no_grad():
+        for value in [*state.model.parameters(), *state.objective.parameters()]:
+            value.add_(1)
+        for moments in state.optimizer.state.values():
+            moments["exp_avg"].add_(1)
+    state.step = 99
+    checkpoints.wait()
+    checkpoints.restore(path, state)
+    assert state.step == 3
+    assert all(torch.equal(before[name], value) for name, value in content(state).items())
+
+
+def test_what_goes_wrong_in_the_thread_is_told_and_the_one_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, state = Checkpoints(tmp_path, {}), trained()
+    first = checkpoints.save(state, later=True)
+    checkpoints.wait()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("diptych.train.checkpoint._make_durable", full)
+    state.step = 9
+    checkpoints.save(state, later=True)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.wait()
+    assert checkpoints.latest() == first
+    checkpoints.wait()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+from test_checkpoint import trained
+from diptych.train.checkpoint import Checkpoints
+checkpoints, state = Checkpoints(Path({folder!r}), {{}}), trained()
+checkpoints.save(state, later=True)
+checkpoints.wait()
+torch.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+state.step = 9
+checkpoints.save(state, later=True)
+checkpoints.wait()
+"""
+
+
+def test_a_crash_in_the_middle_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    script = KILLED.format(paths=[str(Path(__file__).parent)], folder=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / ".partial-step-000000009").exists()
+    checkpoints = Checkpoints(tmp_path, {})
+    assert checkpoints.latest() == tmp_path / "step-000000003"
+    state = trained(seed=4)
+    checkpoints.restore(tmp_path / "step-000000003", state)
+    assert state.step == 3
+
+
+def test_the_newest_healthy_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, {}), trained()
+    state.best = {"step": 4}
+    for step, healthy in ((2, 1), (4, 2), (6, 4), (8, 6), (10, 6), (12, 6)):
+        state.step, state.healthy_step = step, healthy
+        checkpoints.save(state)
+    assert [path.name[-2:] for path in sorted(tmp_path.iterdir())] == ["04", "06", "10", "12"]
+    assert checkpoints.withdraw(6) == tmp_path / "step-000000006"
+    assert checkpoints.of_step(4) == tmp_path / "step-000000004"
+    with pytest.raises(DataError, match="kept checkpoint is gone"):
+        checkpoints.of_step(12)

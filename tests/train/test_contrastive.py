@@ -187,3 +187,16 @@ def test_the_objective_is_told_of_every_update() -> None:
         task.losses(batch(), step)
         task.after_step()
     assert objective.followed == [(5, model), (6, model)]
+
+
+def test_a_chunked_loss_over_micro_batches_gives_the_gradients_of_the_whole_batch() -> None:
+    from diptych.objectives.clip import Clip
+
+    found = []
+    for accumulate, chunk in ((1, None), (4, 5)):
+        model = TinyEncoder(dropout=0.0).double()
+        losses = Contrastive(model, Clip(chunk=chunk), accumulate).losses(batch(), 0)
+        losses["loss"].backward()
+        found.append([losses["loss"].detach(), *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)

@@ -139,6 +139,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with pytest.raises(DataError, match="step 5") as error:
         fit(run, state)
     assert "loss nan" in str(error.value)
+    assert "the last good checkpoint is" in str(error.value)
+    assert "step-000000004" in str(error.value)
     assert state.step == 5
     assert all(torch.isfinite(value).all() for value in weights(state).values())
     run, state = start(tmp_path)
@@ -149,7 +151,7 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
     run, state = start(tmp_path, checkpoint_every_s=0, checkpoint_every_steps=None)
     saved = []
     save = run.checkpoints.save
-    object.__setattr__(run.checkpoints, "save", lambda current: saved.append(current.step) or save(current))
+    object.__setattr__(run.checkpoints, "save", lambda current, **how: saved.append(current.step) or save(current, **how))
     fit(run, state)
     assert saved == list(range(1, 13))
 
@@ -168,3 +170,16 @@ def test_the_caller_hears_every_record(tmp_path: Path) -> None:
     last = fit(run, state)
     assert heard == records(tmp_path)
     assert last == heard[-1]
+
+
+def test_a_checkpoint_is_written_when_it_is_asked_for_and_training_goes_on(
+    straight: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run, state = start(tmp_path, checkpoint_every_steps=None)
+    asked, saved, save = [], [], run.checkpoints.save
+    object.__setattr__(run.checkpoints, "save", lambda current, **how: saved.append(current.step) or save(current, **how))
+    run.should_save = lambda: asked.append(state.step) or state.step == 7
+    fit(run, state)
+    assert asked == list(range(1, 13)), "once a step, whatever else is due"
+    assert saved == [7, 12]
+    assert equal(weights(state), straight[1])

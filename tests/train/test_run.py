@@ -73,7 +73,8 @@ def test_a_run_leaves_a_model_that_opens_with_its_lineage(straight: tuple[Path, 
     assert summary.steps == 6
     assert summary.samples_seen == 96
     assert summary.resumed_from == 0
-    assert set(summary.losses) == {"loss", "accuracy", "lr", "grad_norm", "logit_scale"}
+    watched = {"image_rank", "text_rank", "image_uniformity", "text_uniformity", "alignment"}
+    assert set(summary.losses) == {"loss", "accuracy", "lr", "grad_norm", "logit_scale"} | watched
     assert summary.limited_by in ("step", "decode", "data wait", "synchronise")
     assert summary.advice
     parts = summary.data_wait_s + summary.step_s + summary.sync_s + summary.checkpoint_s
@@ -374,3 +375,23 @@ def test_objectives_with_state_go_on_exactly(
     assert len(expected) > 0
     assert all(torch.equal(state[name].nan_to_num(), expected[name].nan_to_num()) for name in expected)
     assert all(np.isfinite(record["loss"]) for record in log(tmp_path / "stopped"))
+
+
+def stopped_on_rank(rank: int, world: int, root: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    steps = iter(range(100))
+    run(Path(root), Path(folder), rank, world, should_stop=lambda: next(steps) == 2)
+
+
+@pytest.mark.slow
+def test_two_workers_begin_and_one_goes_on(straight: tuple[Path, TrainSummary], dataset_root: Path, tmp_path: Path) -> None:
+    """As an elastic training does that loses a worker: the same pairs, each once, and the losses of a run that one worker made."""
+    run_ranks(2, stopped_on_rank, str(dataset_root), str(tmp_path))
+    second = run(dataset_root, tmp_path)
+    assert (second.resumed_from, second.finished, second.samples_seen) == (3, True, 96)
+    ours = {record["step"]: record for record in log(tmp_path)}
+    theirs = {record["step"]: record for record in log(straight[0])}
+    assert set(ours) == {2, 3, 4, 6}
+    for step in (2, 4, 6):
+        for name in ("loss", "grad_norm", "logit_scale", "image_rank", "alignment"):
+            assert ours[step][name] == pytest.approx(theirs[step][name], rel=1e-3), name

@@ -68,15 +68,16 @@ def test_reference_schedules_of_laclip() -> None:
         np.testing.assert_allclose(ours, golden[key.removesuffix("_args")], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant", "laclip"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd", "laclip"])
 def test_every_kind_builds_and_peaks_at_the_base_rate(kind: str) -> None:
-    config = ScheduleConfig.parse({"kind": kind, "warmup": 0.1, "final_lr": 1e-5, "cooldown": 0.2})
+    cooldown = {"cooldown": 0.2} if kind in ("constant", "wsd") else {}
+    config = ScheduleConfig.parse({"kind": kind, "warmup": 0.1, "final_lr": 1e-5, **cooldown})
     schedule = config.build(2e-3, 50)
     rates = [schedule(step) for step in range(50)]
     assert max(rates) == pytest.approx(2e-3)
     assert rates[0] < 1e-3
     assert rates[-1] < 5e-4
-    by_steps = ScheduleConfig.parse({"kind": kind, "warmup": 5, "final_lr": 1e-5, "cooldown": 10}).build(2e-3, 50)
+    by_steps = ScheduleConfig.parse({"kind": kind, "warmup": 5, "final_lr": 1e-5, **({"cooldown": 10} if cooldown else {})}).build(2e-3, 50)
     assert [by_steps(step) for step in range(50)] == rates
 
 
@@ -97,3 +98,30 @@ def test_fixmatchs_schedule_ends_at_a_fifth() -> None:
     assert [schedule(step) for step in (0, 1, 2)] == pytest.approx([0.015, 0.03, 0.03])
     assert schedule(52) == pytest.approx(0.03 * math.cos(7 * math.pi / 32))
     assert schedule(102) == pytest.approx(0.03 * math.cos(7 * math.pi / 16))
+
+
+def test_linear_is_a_straight_line_after_the_warm_up() -> None:
+    rate = ScheduleConfig(kind="linear", warmup=2, final_lr=0.2).build(1.0, 10)
+    assert [rate(step) for step in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2])
+
+
+def test_wsd_is_stable_and_then_falls_as_one_minus_a_root() -> None:
+    rate = ScheduleConfig(kind="wsd", warmup=0.1, cooldown=0.4, final_lr=0.1).build(1.0, 20)
+    assert [rate(step) for step in (0, 1, 2, 11, 12)] == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0])
+    assert [rate(step) for step in (14, 20)] == pytest.approx([0.1 + 0.5 * 0.9, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ({"kind": "wsd"}, "needs one"),
+        ({"kind": "cosine", "cooldown": 5}, "no effect with kind: cosine"),
+        ({"kind": "linear", "cooldown_power": 2.0}, "only with constant"),
+        ({"kind": "fixmatch", "final_lr": 0.1}, "no effect with kind: fixmatch"),
+        ({"kind": "wsd", "warmup": 0.5, "cooldown": 0.6}, "more than the whole run"),
+        ({"kind": "triangle"}, "cosine"),
+    ],
+)
+def test_settings_that_a_schedule_does_not_read_are_refused(wrong: dict[str, object], hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        ScheduleConfig.parse(wrong)

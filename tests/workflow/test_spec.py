@@ -56,6 +56,19 @@ def test_batches_that_do_not_divide_and_too_many_workers_are_refused() -> None:
     spec.check_resources(check(), cores=1)
 
 
+def test_elastic_workers_need_a_batch_that_divides_by_every_number_of_them() -> None:
+    train = {**WORKFLOW["train"], "batch_size": 24}
+    elastic = check(train={**train, "workers": 4, "min_workers": 2})
+    assert elastic.train.least_workers == 2
+    spec.check_resources(elastic, cores=2)
+    with pytest.raises(ResourceError, match="More workers than cores"):
+        spec.check_resources(elastic, cores=1)
+    with pytest.raises(ConfigError, match="elastic training may come to: 2 to 5 workers"):
+        check(train={**train, "workers": 5, "min_workers": 2})
+    with pytest.raises(ConfigError, match="min_workers 3 is more than workers 2"):
+        check(train={**train, "workers": 2, "min_workers": 3})
+
+
 def test_overrides_reach_mappings_lists_by_index_and_methods_by_name(tmp_path: Path) -> None:
     path = write_workflow(tmp_path, WORKFLOW)
     workflow = spec.load(

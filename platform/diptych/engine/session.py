@@ -47,7 +47,7 @@ class Session:
     Attributes:
         address: a Ray cluster's address; None starts a local one on first use.
         in_process: run everything here, in turn: for debuggers and tests.
-        cores: cores of the local session; None takes all that this process may use.
+        cores: cores of the local session, or of what runs in process; None takes all that this process may use.
     """
 
     address: str | None = None

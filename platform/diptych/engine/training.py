@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.core import catalogue
 from diptych.core.errors import DataError, DiptychError, ResourceError
+from diptych.engine import notice
 from diptych.engine.progress import Progress
-from diptych.engine.session import Session
+from diptych.engine.session import Session, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,8 @@ class Job:
     """One training, as plain data that travels to workers.
 
     `objective`, `optimizer` and `batch_growth` are resolved parameters with their `method`; `out` is where the model directory is
-    renamed to; `scratch` keeps checkpoints and the step log, and must be reachable from every worker.
+    renamed to; `scratch` keeps checkpoints and the step log, and must be reachable from every worker. With `min_workers` a cluster that
+    has fewer than `workers` trains with what it has, from that many on, and takes more in when they come.
     """
 
     dataset: Path
@@ -47,19 +49,30 @@ class Job:
     seed: int
     workers: int
     batch_growth: Mapping[str, Any] | None = None
+    min_workers: int | None = None
 
 
 def run(job: Job, session: Session, progress: Progress | None = None) -> dict[str, Any]:
     """Trains and gives the summary: samples seen, where time went, final losses. Continues from the newest checkpoint.
 
-    Raises DataError for a loss that is not finite or a picture that broke, ResourceError when workers cannot be had.
+    Raises DataError for a loss that is not finite, embeddings that collapsed or a picture that broke, ResourceError when workers cannot be
+    had, and KeyboardInterrupt after SIGTERM in process, when a checkpoint is written.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     if progress and (step := _saved_step(job.scratch)):
         progress.note(f"training continues from the checkpoint of step {step:,}")
     with _watch(job.scratch / "steps.jsonl", progress):
-        summary = work(job, 0, 1) if session.in_process else _on_ray(job, session)
+        summary = _here(job, session.cores or usable_cores()) if session.in_process else _on_ray(job, session)
     shutil.rmtree(job.scratch / "checkpoints", ignore_errors=True)
+    return summary
+
+
+def _here(job: Job, cores: int) -> dict[str, Any]:
+    """Trains in this process, which a SIGTERM ends after a checkpoint."""
+    with notice.termination() as asked:
+        summary = work(job, 0, 1, should_stop=asked, cores=cores)
+    if not summary["finished"]:
+        raise KeyboardInterrupt
     return summary
 
 
@@ -74,6 +87,8 @@ def work(
     world: int,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
+    cores: int = 1,
 ) -> dict[str, Any]:
     """What one worker does: builds the objective and the optimizer by name and enters the loop."""
     from diptych.train.run import train
@@ -83,6 +98,7 @@ def work(
     summary = train(
         job.dataset, "train", job.config, job.model, objective.build, optimizer.build, job.out, job.scratch, job.seed,
         build_batch_size=growth, init=job.init, rank=rank, world=world, device=_device(), on_log=on_log, should_stop=should_stop,
+        should_save=should_save, cores=cores,
     )  # fmt: skip
     return asdict(summary)
 
@@ -104,13 +120,15 @@ def _on_ray(job: Job, session: Session) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cores = int(ray.cluster_resources().get("CPU", 1))
-    if job.workers > cores and not session.address:
-        raise ResourceError.at("More workers than cores", "train.workers", job.workers, f"at most {cores}", f"set train.workers={cores}")
-    gpus = int(ray.cluster_resources().get("GPU", 0)) >= job.workers
+    least = job.min_workers or job.workers
+    if least > cores and not session.address:
+        raise ResourceError.at("More workers than cores", "train.workers", least, f"at most {cores}", f"set train.workers={cores}")
+    gpus = int(ray.cluster_resources().get("GPU", 0)) >= least
+    workers = job.workers if least == job.workers else (least, job.workers)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name=f"train-{job.seed}",
@@ -158,7 +176,8 @@ def _ray_worker(settings: Mapping[str, Any]) -> None:
     job: Job = settings["job"]
     failure = job.scratch / "failure.json"
     try:
-        summary = work(job, context.get_world_rank(), context.get_world_size())
+        cores = usable_cores() // context.get_local_world_size()
+        summary = work(job, context.get_world_rank(), context.get_world_size(), should_save=notice.preemption(), cores=cores)
     except DiptychError as error:
         # A mistake of the user or the data will not go away by retrying: leave word for the driver.
         failure.write_text(json.dumps({"headline": error.headline, "problems": [asdict(problem) for problem in error.problems]}))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diptych.core.errors import ConfigError, DataError, nearest
-from diptych.models import architectures, preprocess
+from diptych.models import architectures, preprocess, resize
 
 if TYPE_CHECKING:
     from diptych.models.tokenizer import ForeignTokenizer, Tokenizer
@@ -83,12 +83,25 @@ class DualEncoder(nn.Module):
     def encode_image(self, image_NCHW: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         """Features `[N, D]` of images, of unit norm with `normalize`.
 
-        uint8 pixels are scaled and normalised here, on their device; floats are taken as normalised already.
+        uint8 pixels are scaled and normalised here, on their device; floats are taken as normalised already. Pictures of another side
+        than `image_size` are encoded with interpolated position embeddings, where the tower has a grid of them.
         """
         if image_NCHW.dtype == torch.uint8:
             image_NCHW = preprocess.normalize(image_NCHW, self.mean, self.std)
-        feature_ND: torch.Tensor = self.clip.encode_image(image_NCHW, normalize=False)
+        if image_NCHW.shape[-1] != self.image_size and resize.grid_of(self.clip.visual) is not None:
+            feature_ND = resize.features(self.clip.visual, image_NCHW)
+        else:
+            feature_ND = self.clip.encode_image(image_NCHW, normalize=False)
         return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
+
+    def check_image_size(self, size: int) -> None:
+        """Raises ConfigError if the image tower cannot take pictures of this side in pixels."""
+        grid = resize.grid_of(self.clip.visual)
+        if grid is None:
+            got = type(self.clip.visual).__name__
+            raise ConfigError.at("The image tower takes one size only", "image_sizes", got, "a tower with learnt position embeddings")
+        if size % grid.stride or size < grid.stride:
+            raise ConfigError.at("The picture does not divide into patches", "image_sizes", size, f"a multiple of {grid.stride} pixels")
 
     def encode_text(self, text_NL: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         """Features `[N, D]` of captions of any length L <= `context_length`, of unit norm with `normalize`.

@@ -78,6 +78,14 @@ class Tokenizer:
         used = np.flatnonzero((text_NL == EOT).any(axis=0))
         return text_NL[:, : used[-1] + 1 if len(used) else 2]
 
+    def shorten(self, text_NL: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Ids of at most `length` tokens a caption, >= 3: one that is longer is cut and its last id becomes EOT, as `encode` does."""
+        if text_NL.shape[1] <= length:
+            return text_NL
+        short_NL = text_NL[:, :length].copy()
+        short_NL[(short_NL != EOT).all(axis=1), -1] = EOT
+        return short_NL
+
     def _fill(self, text_NL: NDArray[np.int64], rows: list[int], captions: Iterable[list[str]]) -> None:
         """Writes the ids of cleaned, split captions into the given rows; one array assignment for all of them."""
         space = self.context_length - 2

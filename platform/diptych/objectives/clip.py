@@ -20,6 +20,7 @@ from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Encoded
 from diptych.models.contrastive import symmetric_cross_entropy
+from diptych.objectives.chunked import chunked_nll
 from diptych.objectives.gather import gather, put_back, rank, world_size
 
 MAX_LOG_SCALE = math.log(100)
@@ -45,19 +46,24 @@ def clip_logits(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local
     Raises:
         ConfigError: ranks hold batches of different sizes.
     """
-    assert image_ND.shape == text_ND.shape, f"{tuple(image_ND.shape)} images against {tuple(text_ND.shape)} texts"
-    n, ranks = len(image_ND), world_size()
-    all_image, all_text = image_ND, text_ND
-    if ranks > 1:
-        # One collective for both sides.
-        all_image, all_text = gather(torch.cat([image_ND, text_ND], dim=1), with_grad=gather_with_grad).chunk(2, dim=1)
-    if local_loss and ranks > 1:
-        label_n = torch.arange(n, device=image_ND.device) + n * rank()
+    all_image, all_text = _candidates(image_ND, text_ND, local_loss=local_loss, gather_with_grad=gather_with_grad)
+    if local_loss and world_size() > 1:
+        label_n = torch.arange(len(image_ND), device=image_ND.device) + len(image_ND) * rank()
         return Logits(logit_scale * image_ND @ all_text.T, logit_scale * text_ND @ all_image.T, label_n)
-    if ranks > 1 and not gather_with_grad:
-        all_image, all_text = put_back(all_image, image_ND), put_back(all_text, text_ND)
     logits = logit_scale * all_image @ all_text.T
     return Logits(logits, logits.T, torch.arange(len(logits), device=logits.device))
+
+
+def _candidates(image_ND: Tensor, text_ND: Tensor, *, local_loss: bool, gather_with_grad: bool) -> tuple[Tensor, Tensor]:
+    """The images and the texts of all ranks, with the gradients that the variant of the loss sends through them."""
+    assert image_ND.shape == text_ND.shape, f"{tuple(image_ND.shape)} images against {tuple(text_ND.shape)} texts"
+    if world_size() == 1:
+        return image_ND, text_ND
+    # One collective for both sides.
+    all_image, all_text = gather(torch.cat([image_ND, text_ND], dim=1), with_grad=gather_with_grad).chunk(2, dim=1)
+    if local_loss or gather_with_grad:
+        return all_image, all_text
+    return put_back(all_image, image_ND), put_back(all_text, text_ND)
 
 
 def clip_loss(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, local_loss: bool = True, gather_with_grad: bool = True) -> Tensor:
@@ -82,6 +88,25 @@ def symmetric_loss(logits: Logits) -> Tensor:
     return symmetric_cross_entropy(logits.image, logits.text, logits.label_n)
 
 
+def chunked_clip_loss(
+    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, chunk: int, *, local_loss: bool = True, gather_with_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`clip_loss` with at most `chunk` rows of logits in memory at once, and `accuracy` as `Clip` has it.
+
+    Equal to the plain loss, in value and gradients, up to rounding; a third slower to compute where arithmetic is all, and faster where
+    the plain logits do not fit into a cache. A step that differentiates twice builds the plain logits.
+    """
+    all_image, all_text = _candidates(image_ND, text_ND, local_loss=local_loss, gather_with_grad=gather_with_grad)
+    if local_loss and world_size() > 1:
+        offset = len(image_ND) * rank()
+        image_n, _, hit_n = chunked_nll(image_ND, all_text, logit_scale, offset=offset, chunk=chunk, columns=False)
+        text_n, _, _ = chunked_nll(text_ND, all_image, logit_scale, offset=offset, chunk=chunk, columns=False)
+        return (image_n.mean() + text_n.mean()) / 2, hit_n.float().mean()
+    image_n, column_N, hit_n = chunked_nll(all_image, all_text, logit_scale, offset=0, chunk=chunk, columns=True)
+    assert column_N is not None
+    return (image_n.mean() + column_N.mean()) / 2, hit_n.float().mean()
+
+
 @torch.no_grad()
 def _draw(logits: Tensor, uniform_n: Tensor) -> Tensor:
     """For each row of logits a column, int64 `[n]`, drawn from its softmax by a number in [0, 1)."""
@@ -101,23 +126,28 @@ def clamp_logit_scale(parameter: Tensor, maximum: float = MAX_LOG_SCALE) -> None
 class Clip(nn.Module):
     """The objective; owns no parameters."""
 
-    def __init__(self, *, local_loss: bool = True, gather_with_grad: bool = True) -> None:
+    def __init__(self, *, local_loss: bool = True, gather_with_grad: bool = True, chunk: int | None = None) -> None:
         super().__init__()
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
+        self.chunk = chunk
 
     def forward(self, encoded: Encoded) -> dict[str, Tensor]:
         """`loss` (nats) and `accuracy`: the share of this rank's image queries whose own text scores highest, in [0, 1].
 
         Candidates are the texts of all ranks, so chance is 1/N. `accuracy` is detached.
         """
-        logits = clip_logits(
+        image_ND, text_ND, scale, local, grad = (
             encoded.image_ND,
             encoded.text_ND,
             encoded.logit_scale,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
+            self.local_loss,
+            self.gather_with_grad,
         )
+        if self.chunk is not None:
+            loss, accuracy = chunked_clip_loss(image_ND, text_ND, scale, self.chunk, local_loss=local, gather_with_grad=grad)
+            return {"loss": loss, "accuracy": accuracy}
+        logits = clip_logits(image_ND, text_ND, scale, local_loss=local, gather_with_grad=grad)
         hit = logits.image.detach().argmax(dim=1) == logits.label_n
         return {"loss": symmetric_loss(logits), "accuracy": hit.float().mean()}
 
@@ -127,6 +157,7 @@ class Clip(nn.Module):
         For the Gauss-Newton-Bartlett estimate (Liu et al., "Sophia", ICLR 2024): with g the gradient of this loss averaged over the
         ranks, 2N * g * g is an unbiased estimate of the Gauss-Newton diagonal of the loss on the global batch. A query's draw
         depends on its place in that batch alone, so it does not matter how many ranks share the batch, or which of them score it.
+        The logits are built whole, whatever `chunk` is.
 
         Args:
             encoded: as for the loss.
@@ -155,6 +186,10 @@ class Config(BaseConfig):
         True, description="gradients flow through the gather; without it the gradient is W times too small, or biased with local_loss"
     )
 
+    chunk: int | None = Field(
+        None, ge=1, description="rows of logits in memory at once, so that memory is linear in the batch; null: all of them"
+    )
+
     def build(self) -> Clip:
         """The objective."""
-        return Clip(local_loss=self.local_loss, gather_with_grad=self.gather_with_grad)
+        return Clip(local_loss=self.local_loss, gather_with_grad=self.gather_with_grad, chunk=self.chunk)

@@ -40,6 +40,8 @@ class Contrastive:
         self.model, self.objective, self.accumulate, self.precision = model, objective, accumulate, precision
         self.towers = Wants.of(objective).encodes
         self.step = 0
+        self.features: dict[Tower, Tensor] = {}
+        """Of the batch at hand `[N, D]`, by tower, without gradient: what the loop watches."""
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and the objective's named parts, scalars of this rank."""
@@ -80,6 +82,7 @@ class Contrastive:
         self.step = step
         inputs = {tower: batch[INPUTS[tower]] for tower in self.towers}
         features = dict(zip(inputs, self._encode_all(inputs), strict=True))
+        self.features = {tower: feature_ND.detach() for tower, feature_ND in features.items()}
         image_ND, text_ND = (features.get(tower, torch.empty(0, 0)) for tower in INPUTS)
         logit_scale: Any = self.model.logit_scale
         return Encoded(image_ND, text_ND, logit_scale.exp(), batch, self.model, step, self)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,7 @@ from diptych.core.errors import ConfigError, DataError, Problem
 from diptych.core.points import Wants
 from diptych.pairs import captions
 from diptych.pairs.decode import Pixels, crop, decode, decode_train, flatten
+from diptych.train import curriculum
 from diptych.train.augment import turn
 from diptych.train.config import TrainConfig
 from diptych.train.order import BatchOrder, MixedOrder
@@ -64,11 +65,12 @@ class Batch:
 
 @dataclass
 class _Visit:
-    """What is drawn for one batch: the keys that name its draws, and how its pictures look, the pairs' own and then the views."""
+    """What is drawn for one batch: the keys that name its draws, how its pictures look, the pairs' own and then the views, and their side in pixels."""
 
     epoch: int
     key_N: NDArray[np.uint64]
     looks: list[Look]
+    size: int
     read_s: float = 0.0
 
 
@@ -88,6 +90,7 @@ class PairLoader:
         seed: names every draw.
         rank, world: this process's share of each global batch.
         wants: views, columns and captions that the objective wants beside; by default none.
+        cores: that this process has to itself, for `loader_workers: auto`.
 
     Raises ConfigError if the batch does not divide by the ranks, is larger than the data, `avoid` or `labelled` cannot be kept, or
     something wanted is not there.
@@ -105,6 +108,7 @@ class PairLoader:
         rank: int = 0,
         world: int = 1,
         wants: Wants = PLAIN,
+        cores: int = 1,
     ) -> None:
         if config.batch_size % world:
             raise ConfigError.at("The batch does not divide by the workers", "batch_size", config.batch_size, f"a multiple of {world}")
@@ -115,6 +119,11 @@ class PairLoader:
         self.recipes = [Recipe(config.augment), *(recipe(name, config.augment) for name in wants.views)]
         self.table = _Table(frame, wants)
         self.order = _order(frame, config, seed)
+        if config.text_lengths and not hasattr(tokenizer, "shorten"):
+            got = type(tokenizer).__name__
+            raise ConfigError.at("Captions cannot be cut for this model", "text_lengths", got, "a model with CLIP's own tokenizer")
+        self.threads = config.loader_threads(cores)
+        self._total_steps = config.total_steps(self.order.steps_per_epoch)
         self._cache: dict[int, Pixels] | None = {} if self.table.pixels * 4 <= config.cache_bytes else None
 
     @property
@@ -123,8 +132,8 @@ class PairLoader:
         return self.order.steps_per_epoch
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of the steps in [start, stop), counted over all epochs; read ahead by `loader_workers` threads."""
-        workers = self.config.loader_workers
+        """The batches of the steps in [start, stop), counted over all epochs; read ahead by the loader's threads."""
+        workers = self.threads
         if workers == 0:
             yield from map(self.batch, range(start, stop))
             return
@@ -151,7 +160,7 @@ class PairLoader:
             visit = self._visit(rows_N, step)
             for place, row in enumerate(rows_N.tolist()):
                 try:
-                    self._picture(self._source(row, visit), place, row, visit.looks[0])
+                    self._picture(self._source(row, visit), place, row, visit.looks[0], visit.size)
                 except DataError as error:
                     problems += error.problems
         if problems:
@@ -163,8 +172,8 @@ class PairLoader:
         rows_N = self.order.batch(step, self.rank, self.world)
         visit = self._visit(rows_N, step)
         image_NCHW, *views = self._images(rows_N, visit)
-        text_NL, *texts = (self.tokenizer.encode_cut(texts) for texts in self._texts(rows_N, visit))
-        kinds = {name: self.tokenizer.encode_cut(self._texts_of(name, rows_N, visit)) for name in self.wants.sources}
+        text_NL, *texts = (self._ids(texts, step) for texts in self._texts(rows_N, visit))
+        kinds = {name: self._ids(self._texts_of(name, rows_N, visit), step) for name in self.wants.sources}
         arrays: dict[str, NDArray[Any]] = {"image_NCHW": image_NCHW, "text_NL": text_NL, "row_N": rows_N}
         arrays |= {f"view{index}_NCHW": view for index, view in enumerate(views)}
         arrays |= {f"text{index}_NL": text for index, text in enumerate(texts, start=1)}
@@ -181,29 +190,37 @@ class PairLoader:
             Look(each, seed, epoch, key_N=key_N, width_N=table.width_N[rows_N], height_N=table.height_N[rows_N])
             for each, seed in zip(self.recipes, seeds, strict=True)
         ]
-        return _Visit(epoch, key_N, looks)
+        stage = curriculum.stage(self.config.image_sizes, step, self._total_steps)
+        return _Visit(epoch, key_N, looks, self.image_size if stage is None else self.config.image_sizes[stage].size)
+
+    def _ids(self, texts: list[str], step: int) -> NDArray[np.int64]:
+        text_NL, stage = self.tokenizer.encode_cut(texts), curriculum.stage(self.config.text_lengths, step, self._total_steps)
+        if stage is None:
+            return text_NL
+        tokenizer: Any = self.tokenizer
+        return cast(NDArray[np.int64], tokenizer.shorten(text_NL, self.config.text_lengths[stage].tokens))
 
     def _images(self, rows_N: NDArray[np.int64], visit: _Visit) -> list[Pixels]:
         """The pictures of each look `[N, 3, H, W]`; bytes are read once for all of them."""
-        images = [np.empty((len(rows_N), 3, self.image_size, self.image_size), dtype=np.uint8) for _ in visit.looks]
+        images = [np.empty((len(rows_N), 3, visit.size, visit.size), dtype=np.uint8) for _ in visit.looks]
         for place, row in enumerate(rows_N.tolist()):
             source = self._source(row, visit)
             for image_NCHW, look in zip(images, visit.looks, strict=True):
-                image_NCHW[place] = self._picture(source, place, row, look).transpose(2, 0, 1)
+                image_NCHW[place] = self._picture(source, place, row, look, visit.size).transpose(2, 0, 1)
         return [look.finish(image_NCHW) for image_NCHW, look in zip(images, visit.looks, strict=True)]
 
     def _source(self, row: int, visit: _Visit) -> bytes | Pixels:
         """What a picture is made from: its whole pixels, if those are kept in memory, or its bytes."""
         return self._bytes(row, visit) if self._cache is None else self._whole(row, visit)
 
-    def _picture(self, source: bytes | Pixels, place: int, row: int, look: Look) -> Pixels:
+    def _picture(self, source: bytes | Pixels, place: int, row: int, look: Look, size: int) -> Pixels:
         """One picture `[H, W, 3]`, cropped, mirrored and turned."""
         draws, table = look.draws, self.table
         box, background = draws.box(place), draws.background(place)
         if isinstance(source, bytes):
-            picture = decode_train(source, self.image_size, box, table.picture_size(row), table.where(row), background)
+            picture = decode_train(source, size, box, table.picture_size(row), table.where(row), background)
         else:
-            picture = crop(flatten(source, background), self.image_size, box)
+            picture = crop(flatten(source, background), size, box)
         if draws.flip_N[place]:
             picture = picture[:, ::-1]
         angle_deg = float(draws.angle_N[place])

@@ -8,9 +8,8 @@ for curvature gets it on the way (`curvature.py`). The state is a step number an
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +18,18 @@ import torch
 from torch import Tensor
 
 from diptych.core import chance
-from diptych.core.errors import DataError
 from diptych.core.points import TrainingTask
-from diptych.train import curvature, sync
+from diptych.train import best, curvature, sync
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import Clock
 from diptych.train.config import TrainConfig
+from diptych.train.health import Watch
 from diptych.train.loader import Batch, PairLoader
 from diptych.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from diptych.train.growth import Growth
+    from diptych.train.validate import Validation
 
 Record = dict[str, Any]
 
@@ -49,7 +49,8 @@ class Run:
         checkpoints: written by rank 0.
         rank, world, device: this process's place.
         growth: if set, an update takes several of the loader's batches, and ever more; a step is one of them.
-        on_log, should_stop: called on rank 0 with each record; asked on every rank after each step.
+        validation: what `validate_every_steps` asks for.
+        on_log, should_stop, should_save: called on rank 0 with each record; asked on every rank after each step.
     """
 
     task: TrainingTask
@@ -65,6 +66,8 @@ class Run:
     device: str = "cpu"
     on_log: Callable[[Record], None] | None = None
     should_stop: Callable[[], bool] | None = None
+    should_save: Callable[[], bool] | None = None
+    validation: Validation | None = None
     clock: Clock = field(default_factory=Clock)
     growth: Growth | None = None
 
@@ -72,13 +75,23 @@ class Run:
 def fit(run: Run, state: TrainState) -> Record:
     """Trains from `state.step` until the end, or until some rank should stop; the last record logged.
 
-    Leaves a checkpoint at the end. Raises DataError at the first gradient that is not finite, before it touches the weights.
+    Leaves a checkpoint at the end. Raises DataError at the first gradient that is not finite, before it touches the weights, and when the
+    embeddings have collapsed (`health.py`).
     """
+    batches = run.loader.batches(state.step, run.total_steps)
+    try:
+        return _fit(run, state, batches)
+    finally:
+        batches.close()  # ends its threads
+        run.checkpoints.wait()
+
+
+def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> Record:
     config, clock, optimizer = run.config, run.clock, state.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     backward = curvature.backward(optimizer, run.task, run.seed)
-    batches = run.loader.batches(state.step, run.total_steps)
-    saved_at, logged_step, stop = time.monotonic(), state.step, False
+    watch = Watch(state, run.checkpoints, run.rank, run.world)
+    saved_at, saved_step, logged_step, stop = time.monotonic(), -1, state.step, False
     record = truncate_log(run, state.step)
 
     while state.step < run.total_steps and not stop:
@@ -99,38 +112,58 @@ def fit(run: Run, state: TrainState) -> Record:
             sync.average(backward.to_average, run.world)
         if run.growth is not None:
             taken, losses = run.growth.complete(run, state, batches, parameters, losses)
+        after = state.step + taken
+        log_due = passes(after, taken, config.log_every) or after == run.total_steps
 
         with clock("step"):
             grad_norm = clip_gradients(parameters, config.clip_grad_norm)
-            refuse_non_finite(grad_norm, losses, state.step)
+            watch.refuse_non_finite(grad_norm, losses)
+            if log_due or state.step == saved_step:
+                watch.look(getattr(run.task, "features", {}))
             backward.supply_curvature(state.step)
             optimizer.step()
             run.task.after_step()
             if state.ema is not None:
                 state.ema.update(state.model)
 
-        state.step += taken
+        state.step = after
         state.samples_seen += taken * config.batch_size
-        done = state.step == run.total_steps
-        due = done or is_checkpoint_due(config, state.step, time.monotonic() - saved_at, taken)
+        due = state.step == run.total_steps or is_checkpoint_due(config, state.step, time.monotonic() - saved_at, taken)
         with clock("sync"):
-            stop, due = sync.agree([run.should_stop is not None and run.should_stop(), due], run.world, run.device)
-        if passes(state.step, taken, config.log_every) or done or stop:
+            wanted = _asked(run.should_save)  # asked equally often on every rank, so not only where nothing else is due
+            stop, due = sync.agree([_asked(run.should_stop), due or wanted], run.world, run.device)
+        if log_due or stop:
             extra = {
                 "lr": lr,
                 "grad_norm": grad_norm,
                 **backward.figures(),
                 **({} if run.growth is None else {"batch_size": taken * config.batch_size}),
+                **(watch.figures if log_due else {}),
+                **_validated(run, state.step, taken),
             }
             record = log_step(run, state, state.step - logged_step, losses, extra)
             logged_step = state.step
         if due or stop:
             with clock("checkpoint"):
+                if config.keep_best is not None and (state.step == run.total_steps or is_due_by_steps(config, state.step, taken)):
+                    best.compete(state.best, state.step, config.keep_best)
                 if run.rank == 0:
-                    run.checkpoints.save(state)
-                saved_at = time.monotonic()
-    batches.close()  # ends its threads
+                    run.checkpoints.save(state, later=config.checkpoint_async)
+                saved_at, saved_step = time.monotonic(), state.step
     return record
+
+
+def _asked(question: Callable[[], bool] | None) -> bool:
+    return question is not None and question()
+
+
+def _validated(run: Run, step: int, taken: int) -> Record:
+    """The loss of the validation pairs, where it is due."""
+    every = run.config.validate_every_steps
+    if run.validation is None or every is None or not (passes(step, taken, every) or step == run.total_steps):
+        return {}
+    with run.clock("step"):
+        return {best.VALIDATION: run.validation.loss()}
 
 
 def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
@@ -140,19 +173,6 @@ def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
-
-
-def refuse_non_finite(grad_norm: float, losses: Mapping[str, Tensor], step: int) -> None:
-    """Raises DataError if the averaged gradient is not finite. It is the same on every rank, so all of them stop at the same step."""
-    if not math.isfinite(grad_norm):
-        parts = ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())
-        raise DataError.at(
-            "Training diverged; the weights of the last checkpoint are from before it",
-            f"step {step}",
-            f"<gradient norm {grad_norm}; on this rank {parts}>",
-            "finite losses and gradients",
-            "lower the learning rate, lengthen schedule.warmup, or set clip_grad_norm",
-        )
 
 
 def next_tensors(run: Run, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -172,8 +192,12 @@ def passes(step: int, taken: int, every: int) -> bool:
 
 def is_checkpoint_due(config: TrainConfig, step: int, since_s: float, taken: int = 1) -> bool:
     """Whether enough steps or seconds have passed since the last checkpoint."""
-    by_steps = config.checkpoint_every_steps is not None and passes(step, taken, config.checkpoint_every_steps)
-    return by_steps or since_s >= config.checkpoint_every_s
+    return is_due_by_steps(config, step, taken) or since_s >= config.checkpoint_every_s
+
+
+def is_due_by_steps(config: TrainConfig, step: int, taken: int = 1) -> bool:
+    """Whether the checkpoint of this step is one that every run of these settings writes."""
+    return config.checkpoint_every_steps is not None and passes(step, taken, config.checkpoint_every_steps)
 
 
 def log_step(run: Run, state: TrainState, steps: int, losses: Mapping[str, Tensor], extra: Record) -> Record:
@@ -193,6 +217,8 @@ def log_step(run: Run, state: TrainState, steps: int, losses: Mapping[str, Tenso
         **{f"{activity}_s": spent[activity] / steps for activity in ("data_wait", "read", "decode", "step", "sync")},
         "samples_per_s": steps * run.config.batch_size / wall_s,
     }
+    if run.config.keep_best is not None:
+        best.follow(state.best, record, run.config.keep_best)
     if run.rank == 0:
         with run.log.open("a") as file:
             file.write(json.dumps(record) + "\n")

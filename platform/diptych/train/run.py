@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
-from diptych.train import sync
+from diptych.train import sync, towers, validate
 from diptych.train.checkpoint import Checkpoints, TrainState
 from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
@@ -24,6 +25,7 @@ from diptych.train.ema import Ema
 from diptych.train.growth import Growth
 from diptych.train.loader import PairLoader
 from diptych.train.loop import Record, Run, fit
+from diptych.train.validate import Validation
 
 if TYPE_CHECKING:
     from diptych.models.clip import DualEncoder
@@ -75,8 +77,10 @@ def train(
     rank: int = 0,
     world: int = 1,
     device: str = "cpu",
+    cores: int = 1,
     on_log: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
 ) -> TrainSummary:
     """Trains a dual encoder on a pair dataset and writes its model directory, or goes on where an earlier call was killed.
 
@@ -96,8 +100,10 @@ def train(
         init: `"random"`, or a model directory to start from.
         build_batch_size: gives what lets the batch grow (`growth.py`); `config.batch_size` is then that of a micro-batch.
         rank, world, device: this process's place.
+        cores: that this process has to itself; those that arithmetic leaves free may decode ahead.
         on_log: called on rank 0 with each record of `steps.jsonl`.
         should_stop: asked after each step; if true on any rank, all stop after a checkpoint, and no model is written.
+        should_save: likewise; if true on any rank, a checkpoint is written and training goes on.
 
     Raises ConfigError for settings that do not fit the data, DataError for broken pictures and for losses that are not finite.
     """
@@ -113,7 +119,7 @@ def train(
         wants = Wants.of(objective)
         rows = _rows(dataset, split, config, wants.columns)
         place = {"seed": seed, "rank": rank, "world": world}
-        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, **place)
+        loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
         _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
@@ -126,13 +132,17 @@ def train(
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
+        if config.compile:
+            towers.compiled(model, device)
+        task = Contrastive(state.model, state.objective, config.accumulate, precision)
         run = Run(
-            task=Contrastive(state.model, state.objective, config.accumulate, precision),
+            task=task,
             loader=loader,
             schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
             config=config,
             total_steps=total_steps, seed=seed, log=scratch / "steps.jsonl", checkpoints=checkpoints,
-            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, growth=growth,
+            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, should_save=should_save,
+            growth=growth, validation=_validation(dataset, config, task, place, device),
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
@@ -140,14 +150,24 @@ def train(
         return _summary(run, state, record, resumed_from)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], no_decay: Sequence[str] = (), scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay as it says, and gains, biases and temperatures, which do not.
 
     The rule of `models.decay`; names that hold one of `no_decay` do not decay either. Names stand under torch's key `param_names`.
+    With `scales`, factors of the learning rate by name, there are two groups a factor, which they carry as `layer_scale`.
     """
-    groups: list[dict[str, Any]] = [{"params": [], "param_names": []}, {"params": [], "param_names": [], "weight_decay": 0.0}]
+    plain: list[dict[str, Any]] = [{"params": [], "param_names": []}, {"params": [], "param_names": [], "weight_decay": 0.0}]
+    by_scale: dict[float, list[dict[str, Any]]] = {1.0: plain}
+    groups = [*plain]
     for name, parameter in named_parameters:
-        group = groups[0 if decays(name, parameter, no_decay) else 1]
+        scale = 1.0 if scales is None else scales.get(name, 1.0)
+        if scale not in by_scale:
+            twins = [{"params": [], "param_names": [], "layer_scale": scale, **rest} for rest in ({}, {"weight_decay": 0.0})]
+            by_scale[scale] = twins
+            groups += twins
+        group = by_scale[scale][0 if decays(name, parameter, no_decay) else 1]
         group["params"].append(parameter)
         group["param_names"].append(name)
     return groups
@@ -184,13 +204,14 @@ def _model(name: str, seed: int, config: TrainConfig, device: str) -> DualEncode
     from diptych.models import clip
 
     model = clip.create(name, seed).to(device).train()
+    towers.prepare(model, config)
     if config.freeze != "none":
         clip.freeze(model, config.freeze)
     return model
 
 
 def _first_state(
-    model: nn.Module,
+    model: DualEncoder,
     objective: nn.Module,
     build_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
     config: TrainConfig,
@@ -201,9 +222,11 @@ def _first_state(
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    optimizer = build_optimizer(parameter_groups(trained, config.no_decay))
+    scales = None if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
+    optimizer = build_optimizer(parameter_groups(trained, config.no_decay, scales))
     for group in optimizer.param_groups:
-        group["lr_scale"] = group["lr"] / optimizer.defaults["lr"]
+        group["lr_scale"] = group["lr"] / optimizer.defaults["lr"] * group.get("layer_scale", 1.0)
+    towers.refuse_second_derivatives(config, optimizer)
     _plan(optimizer, total_steps)
     return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))
 
@@ -232,6 +255,19 @@ def _rows(dataset: PairDataset, split: str | None, config: TrainConfig, wanted: 
     if frame.is_empty():
         raise ConfigError.at("There is nothing to train on", "split", split, "a split that the data set has")
     return frame
+
+
+def _validation(dataset: PairDataset, config: TrainConfig, task: Contrastive, place: dict[str, int], device: str) -> Validation | None:
+    """The validation that a run asks for. Raises ConfigError if the data set has no pairs for it."""
+    if config.validate_every_steps is None:
+        return None
+    frame = dataset.read(["key", "image", "captions", "split"]).filter(pl.col("split") == "val")
+    model: Any = task.model
+    own = validate.settings(config, frame.height, place["world"])
+    loader = PairLoader(
+        frame, dataset.reader(), model.tokenizer, model.image_size, own, seed=place["seed"], rank=place["rank"], world=place["world"]
+    )
+    return Validation(loader, task, model, place["world"], device)
 
 
 def _class_names(dataset: PairDataset, split: str | None) -> dict[int, str]:
@@ -290,7 +326,12 @@ def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) ->
     _refuse_short_run(state, run.total_steps * run.config.batch_size)
     if run.rank == 0:
         model: Any = state.model if state.ema is None else state.ema.model
-        clip.save(model, out, {**identity, "steps": state.step, "samples_seen": state.samples_seen})
+        chosen = int(state.best.get("step", state.step))
+        if chosen != state.step:
+            folder = run.checkpoints.of_step(chosen)
+            load_model(model, folder / ("model.safetensors" if state.ema is None else "ema.safetensors"), strict=True, device=run.device)
+        lineage = {**identity, "steps": state.step, "samples_seen": state.samples_seen}
+        clip.save(model, out, lineage if run.config.keep_best is None else {**lineage, "best": state.best})
         save_adapter: Any = getattr(state.optimizer, "save_adapter", None)
         if save_adapter is not None:  # of optimizers that train adapters, and only if asked for one
             save_adapter(state.model, out, identity["init"])

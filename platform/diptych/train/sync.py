@@ -40,6 +40,15 @@ def broadcast(tensors: Iterable[Tensor], world: int) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
+def gathered(rows_ND: Tensor, world: int) -> Tensor:
+    """The rows of all ranks in rank order, without gradient; as many on every rank."""
+    if world == 1:
+        return rows_ND
+    every = rows_ND.new_empty((world * len(rows_ND), *rows_ND.shape[1:]))
+    dist.all_gather_into_tensor(every, rows_ND.contiguous())
+    return every
+
+
 def agree(flags: Sequence[bool], world: int, device: torch.device | str) -> list[bool]:
     """Each flag is true everywhere if it is true on any rank. One small message, so that no rank leaves the others waiting."""
     if world == 1:

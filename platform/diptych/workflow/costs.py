@@ -219,7 +219,7 @@ def _few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:
 def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
     """Times a few steps of the real loop in this process, on real pairs."""
     from diptych.engine import training
-    from diptych.train.config import TrainConfig
+    from diptych.train.config import UNJUDGED, TrainConfig
 
     section = workflow.train
     rows = _rows(dataset, "train")
@@ -228,7 +228,7 @@ def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
     folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
     try:
         plain = {key: value for key, value in section.plain().items() if key in TrainConfig.model_fields}
-        config = TrainConfig.parse({**plain, "epochs": None, "steps": min(PROBE_STEPS, steps), "log_every": 1})
+        config = TrainConfig.parse({**plain, "epochs": None, "steps": min(PROBE_STEPS, steps), "log_every": 1, **UNJUDGED})
         job = training.Job(
             dataset.root.resolve(), config, section.model, section.init, workflow.objective.plain(), workflow.optimizer.plain(),
             folder / "model", folder / "scratch", workflow.seed, 1, None if workflow.batch_growth is None else workflow.batch_growth.plain(),

@@ -145,11 +145,11 @@ def _feature_specs(configs: Sequence[Config], bench: Bench, dataset: PairDataset
 
 def _scout(bench: Bench, dataset: PairDataset) -> Path:
     """The run's own features: the workflow's model after a short training on the pairs at hand, kept by what it was made from."""
-    from diptych.train.config import TrainConfig
+    from diptych.train.config import UNJUDGED, TrainConfig
 
     workflow, section = bench.workflow, bench.workflow.train
     plain = {key: value for key, value in section.plain().items() if key in TrainConfig.model_fields}
-    config = TrainConfig.parse({**plain, "epochs": None, "steps": SCOUT_STEPS})
+    config = TrainConfig.parse({**plain, "epochs": None, "steps": SCOUT_STEPS, **UNJUDGED})
     identity_ = digest.of_plain(
         [dataset.digest, config.plain(), section.model, workflow.objective.plain(), workflow.optimizer.plain(), workflow.seed]
     )
@@ -182,6 +182,7 @@ def training_job(bench: Bench) -> training.Job:
         scratch=(bench.scratch / f"train-{digest.short(digest.of_plain([workflow.params('train'), dataset.digest]))}").resolve(),
         seed=workflow.seed,
         workers=section.workers,
+        min_workers=section.min_workers,
     )
 
 

@@ -11,18 +11,10 @@ from diptych.core import digest
 from diptych.engine.outbox import Outbox
 from diptych.engine.tracking import Target, Tracker
 from diptych.pairs.manifest import NAME, Manifest
-from diptych.workflow import identity
+from diptych.workflow import curves, identity
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PHASES, Workflow
 from diptych.workflow.store import Store
-
-CURVES = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "lr": "train/lr",
-    "logit_scale": "train/logit_scale",
-    "samples_per_s": "train/samples_per_s",
-}
 
 
 class Recorder:
@@ -90,7 +82,7 @@ class Recorder:
         if log.exists():
             records = [json.loads(line) for line in log.read_text().splitlines()]
             for run in (child, self.parent):
-                self.tracker.series(run, records, CURVES)
+                self.tracker.series(run, records, curves.metrics(records))
 
     def finish(self, figures: Mapping[str, Mapping[str, Any]], wall_s: float, report: Path | None) -> None:
         """Attaches the report and the evaluation table to the parent run, and describes it."""

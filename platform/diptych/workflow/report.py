@@ -15,7 +15,7 @@ from diptych.core import digest
 from diptych.core.errors import DiptychError
 from diptych.engine.progress import duration
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import charts, sweep_charts
+from diptych.workflow import charts, curves, sweep_charts
 from diptych.workflow.spec import PAIR_PHASES, PHASES
 from diptych.workflow.store import Store
 
@@ -166,10 +166,8 @@ def _training(store: Store, outcome: Outcome) -> str:
     if not log.exists() or "train" not in outcome.figures:
         return ""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    curves = "".join(charts.line(title, [r["step"] for r in records], [r[name] for r in records]) for name, title in
-                     (("loss", "loss"), ("accuracy", "in-batch accuracy"), ("lr", "learning rate"), ("samples_per_s", "pictures/s")) if name in records[0])  # fmt: skip
     advice = html.escape(str(outcome.figures["train"].get("advice", "")))
-    return section("Training", advice, f"<div class='charts'>{curves}</div>")
+    return section("Training", advice, f"<div class='charts'>{curves.drawn(records)}</div>")
 
 
 def _retrieval(store: Store) -> str:

@@ -46,12 +46,33 @@ class TrainSection(TrainConfig):
     batch_growth: dict[str, Any] | None = Field(
         default=None, description="what lets the batch grow, and its parameters; batch_size is then a micro-batch's, and a step is one"
     )
-    workers: int = Field(default=1, ge=1, le=4096, description="data-parallel processes")
+    workers: int = Field(default=1, ge=1, le=4096, description="data-parallel processes; with min_workers the most of them")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="elastic: train with as few where there are no more, take more in as they come; null: fixed",
+    )
+
+    @property
+    def least_workers(self) -> int:
+        """The processes without which training does not start."""
+        return self.min_workers or self.workers
 
     @model_validator(mode="after")
     def _divides(self) -> TrainSection:
-        if self.batch_size % (self.workers * self.accumulate):
-            raise ValueError(f"batch_size {self.batch_size} does not divide by workers x accumulate = {self.workers * self.accumulate}")
+        if self.least_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        for workers in range(self.least_workers, self.workers + 1):
+            if self.batch_size % (workers * self.accumulate):
+                elastic = (
+                    ""
+                    if self.min_workers is None
+                    else f", which elastic training may come to: {self.least_workers} to {self.workers} workers"
+                )
+                raise ValueError(
+                    f"batch_size {self.batch_size} does not divide by workers x accumulate = {workers * self.accumulate}{elastic}"
+                )
         return self
 
 
@@ -331,8 +352,8 @@ def _index(entries: list[Any], part: str, where: str) -> int:
 def check_resources(workflow: Workflow, cores: int | None = None) -> None:
     """Refuses more workers than the local machine has cores: they would fight for them, or wait for ever."""
     available = cores or os.cpu_count() or 1
-    if workflow.train.workers > available:
+    if workflow.train.least_workers > available:
         from diptych.core.errors import ResourceError
 
-        raise ResourceError.at("More workers than cores", "train.workers", workflow.train.workers, f"at most {available} on this machine",
+        raise ResourceError.at("More workers than cores", "train.workers", workflow.train.least_workers, f"at most {available} on this machine",
                                f"set train.workers={available}, or submit to a cluster: diptych submit … --address …")  # fmt: skip

@@ -26,7 +26,7 @@ def run(
     project = project or Project.find(workflow.path.parent)
     store = KeyedStore(project, workflow, name)
     figures: dict[str, dict[str, Any]] = {}
-    with store.locked(wait=True), Session(in_process=True) as session:
+    with store.locked(wait=True), Session(in_process=True, cores=1) as session:
         for phase in PHASES[: PHASES.index(until) + 1]:
             if not store.state(phase).changed:
                 figures[phase] = store.figures(phase)
@@ -49,7 +49,7 @@ def models(workflow: Workflow, rungs: int) -> Iterator[tuple[Path, bool]]:
         try:
             store, _ = run(workflow, "caption")
             if rungs > 1 and store.state("train").changed:
-                with Session(in_process=True) as session:
+                with Session(in_process=True, cores=1) as session:
                     bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), scratch, project.cache)
                     job = replace(phases.training_job(bench), out=scratch / "rungs" / "model")
                     for folder in interim_models(job, rungs):
