@@ -67,9 +67,9 @@ def test_sources_without_a_name_leave() -> None:
 def test_too_few_pairs_are_an_error_that_says_how_many_there_can_be() -> None:
     with pytest.raises(DataError, match="lower total to 40"):
         run(Config(shares={"web": 1, "album": 1}, total=50), [pool(web=100, album=20)])
-    with pytest.raises(DataError, match="shares.books"):
+    with pytest.raises(DataError, match=r"shares\.books"):
         run(Config(shares={"books": 1}), [pool(web=100)])
-    with pytest.raises(DataError, match="do not name their source"):
+    with pytest.raises(DataError, match="no such column"):
         run(Config(shares={"books": 1}), [pool(web=3).drop("meta.source")])
 
 

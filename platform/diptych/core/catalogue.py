@@ -37,7 +37,14 @@ TABLE: tuple[Row, ...] = (
     # curate
     Row("metaclip", "curate", "diptych.curate.metaclip:Config", "PairMethod", "Demystifying CLIP Data (ICLR 2024)", "keep texts that match a concept list, cap the head concepts"),
     Row("mixture", "curate", "diptych.curate.mixture:Config", "PairMethod", "Quality Not Quantity (NeurIPS 2022)", "mix sources by shares to a fixed total, drawn by key"),
+    Row("basic-filter", "curate", "diptych.curate.basic_filter:Config", "PairMethod", "DataComp (NeurIPS 2023)", "captions of some length, pictures of some size and no extreme shape"),
+    Row("language-filter", "curate", "diptych.curate.language_filter:Config", "PairMethod", "langid.py (ACL 2012)", "keep captions in some languages"),
     # prune
+    Row("exact-duplicates", "prune", "diptych.prune.exact_duplicates:Config", "PairMethod", "", "of pairs with the very same picture one stays"),
+    Row("perceptual-duplicates", "prune", "diptych.prune.perceptual_duplicates:Config", "PairMethod", "pHash (2010)", "of pairs whose pictures' 64-bit hashes differ in a few bits one stays"),
+    Row("clip-score-filter", "prune", "diptych.prune.clip_score_filter:Config", "PairMethod", "LAION-400M (2021), DataComp (NeurIPS 2023)", "keep pairs whose picture and caption a model finds alike"),
+    Row("safety-filter", "prune", "diptych.prune.safety_filter:Config", "PairMethod", "", "drop pairs that a column, a linear head or another package's scorer calls unsafe"),
+    Row("stratified-subset", "prune", "diptych.prune.stratified_subset:Config", "PairMethod", "", "so many pairs of every class, source, label or language, drawn by key"),
     Row("semantic-dedup", "prune", "diptych.prune.semantic_dedup:Config", "PairMethod", "SemDeDup (2023)", "drop near copies inside feature clusters"),
     Row("concept-pruning", "prune", "diptych.prune.concept_pruning:Config", "PairMethod", "Effective pruning of web-scale datasets (ICLR 2024)", "budget clusters by complexity, keep the least prototypical"),
     Row("random-subset", "prune", "diptych.prune.random_subset:Config", "PairMethod", "", "keep a share or a number of pairs, drawn by key: the baseline of pruning"),
