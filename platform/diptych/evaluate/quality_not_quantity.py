@@ -135,8 +135,9 @@ def line_of(acc_id: Floats, acc_shift: Floats, space: Space, n_id: int, n_shift:
     """
     if len(set(np.round(acc_id, 12))) < 2:
         raise DataError.at("All models of a source are equally accurate", "accuracy", acc_id.tolist(), "models of different accuracy")
-    bounded = [np.clip(acc, 1 / (2 * n), 1 - 1 / (2 * n)) for acc, n in ((acc_id, n_id), (acc_shift, n_shift))]
-    return fit_line(*bounded, space)
+    return fit_line(
+        np.clip(acc_id, 1 / (2 * n_id), 1 - 1 / (2 * n_id)), np.clip(acc_shift, 1 / (2 * n_shift), 1 - 1 / (2 * n_shift)), space
+    )
 
 
 class Testbed:
@@ -176,8 +177,8 @@ class Testbed:
         inside = np.isin(known.label_N, class_C)
         if not inside.any():
             raise DataError.at("Two splits share no class", split, class_C.tolist(), f"classes of {self.config.split}")
-        numbers = (np.searchsorted(class_C, label_N) for label_N in (known.label_N[inside], moved.label_N))
-        return Views(known_rows.filter(inside), moved_rows, *numbers, class_C)
+        known_N, moved_N = np.searchsorted(class_C, known.label_N[inside]), np.searchsorted(class_C, moved.label_N)
+        return Views(known_rows.filter(inside), moved_rows, known_N, moved_N, class_C)
 
     def _points(self, encoder: Encoder, names: Sequence[str], view: Views) -> dict[str, Points]:
         """The points of every source, then of every ensemble."""
