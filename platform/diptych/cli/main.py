@@ -138,6 +138,10 @@ def _question_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.add_argument("--latex", metavar="FILE", help="also write the table for a paper")
     compare.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples")
     compare.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    lines = _verb(verbs, "lines", "draw the lines of data sources: accuracy under shift over accuracy without", "questions:lines",
+                  "For runs that were evaluated with quality-not-quantity; several runs, e.g. seeds, share one chart.")  # fmt: skip
+    lines.add_argument("runs", nargs="*", metavar="RUN", help="evaluated runs; without any those that have lines are listed")
+    lines.add_argument("--html", metavar="FILE", help="the page; default: runs/.lines/RUN.html")
     trace = _verb(verbs, "trace", "follow a figure or a model back to its pairs, or a pair to its fate", "questions:trace")
     trace.add_argument("target", help="a figure (emoji/retrieval/text_to_image_r1), a model directory, or a pair's key")
     trace.add_argument("--run", metavar="RUN", help="look in this run only")

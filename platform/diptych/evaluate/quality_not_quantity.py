@@ -163,7 +163,12 @@ class Testbed:
         """
         config = self.config
         whole, frame = classes(pairs, config.split, name=config.classnames)
-        settings = {**config.settings(encoder, whole.names), "space": config.space, "average": config.average, "ensembles": list(config.ensembles)}
+        settings = {
+            **config.settings(encoder, whole.names),
+            "space": config.space,
+            "average": config.average,
+            "ensembles": list(config.ensembles),
+        }
         rows = Rows(name, config.task, frame["key"].to_list(), seed, settings)
         views = {split: self._views(pairs, split) for split in config.shifted}
         asked = {split: self._points(encoder, whole.names, view) for split, view in views.items()}

@@ -15,12 +15,15 @@ import polars as pl
 from diptych.core.errors import ConfigError
 from diptych.evaluate.effective_robustness import Space, expected, fit_line, transformed
 from diptych.pairs import files
-from diptych.workflow.charts import COLOURS
+from diptych.workflow.charts import COLOURS as ALL_COLOURS
 from diptych.workflow.report import STYLE, section, table
+from diptych.workflow.results import Result
 
+COLOURS = tuple(ALL_COLOURS[place] for place in (0, 2, 3, 4, 5, 1))
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 660, 440, 62, 16, 12, 46
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 LEAST_GAP_PX = 26
+_TEXT = {"metric": pl.String, "settings": pl.String}
 SHAPES = ("circle", "square", "diamond", "triangle", "down")
 
 
@@ -61,6 +64,21 @@ def shifts(rows: pl.DataFrame) -> list[Shift]:
     return [shift for shift in found.values() if shift.points]
 
 
+def write_runs(runs: Sequence[Result], path: Path, title: str = "Lines of data sources", about: str = "") -> Path:
+    """Writes the page of some evaluated runs, their points together. Raises ConfigError if none of them has lines."""
+    rows = (
+        pl.concat([run.rows for run in runs], how="diagonal")
+        if runs
+        else pl.DataFrame({"metric": [], "settings": []}, schema_overrides=_TEXT)
+    )
+    return write(rows, title, about or ", ".join(run.name for run in runs), path)
+
+
+def has_lines(run: Result) -> bool:
+    """Whether a run was evaluated with `quality-not-quantity`."""
+    return bool(shifts(run.rows))
+
+
 def write(rows: pl.DataFrame, title: str, about: str, path: Path) -> Path:
     """Writes the page of the rows of one or more runs. Raises ConfigError if there are no such rows."""
     found = shifts(rows)
@@ -88,7 +106,10 @@ def _lead(shift: Shift) -> str:
 def chart(shift: Shift) -> str:
     """The scatter with a line a source; hollow marks and dashed lines are ensembles."""
     every = [point for points in shift.points.values() for point in points]
-    axes = (_Axis.of([x for x, _, _ in every], LEFT, WIDTH - RIGHT, shift.space), _Axis.of([y for _, y, _ in every], HEIGHT - BOTTOM, TOP, shift.space))
+    axes = (
+        _Axis.of([x for x, _, _ in every], LEFT, WIDTH - RIGHT, shift.space),
+        _Axis.of([y for _, y, _ in every], HEIGHT - BOTTOM, TOP, shift.space),
+    )
     parts = [_grid(axes), _diagonal(axes)]
     for place, (name, points) in enumerate(shift.points.items()):
         parts.append(_source(name, points, place, axes, shift.space, hollow=name in shift.ensembles))
@@ -153,7 +174,9 @@ def _diagonal(axes: tuple[_Axis, _Axis]) -> str:
     return f"<path d='M{x[0]:.1f} {y[0]:.1f}L{x[1]:.1f} {y[1]:.1f}' stroke='#98a2b3' stroke-dasharray='2 5' fill='none'><title>no loss under shift</title></path>"
 
 
-def _source(name: str, points: Sequence[tuple[float, float, int]], place: int, axes: tuple[_Axis, _Axis], space: Space, *, hollow: bool) -> str:
+def _source(
+    name: str, points: Sequence[tuple[float, float, int]], place: int, axes: tuple[_Axis, _Axis], space: Space, *, hollow: bool
+) -> str:
     colour = COLOURS[place % len(COLOURS)]
     marks = "".join(
         f"<g transform='translate({axes[0].at(x):.1f} {axes[1].at(y):.1f})'><title>{html.escape(name)}: {x:.1%} without, {y:.1%} under shift</title>{_mark(place, colour, hollow)}</g>"
@@ -197,7 +220,9 @@ def _key(place: int, name: str, hollow: bool) -> str:
 def _table(shift: Shift) -> str:
     """A line a source: the lines read at one accuracy, slope, fit, and accuracy beyond the reference's line; means over runs."""
     metrics = sorted({metric for _, metric in shift.figures}, key=lambda metric: (not metric.startswith("at"), metric))
-    order = [name for name in metrics if name.startswith("at")] + [name for name in ("effective_robustness", "slope", "r2") if name in metrics]
+    order = [name for name in metrics if name.startswith("at")] + [
+        name for name in ("effective_robustness", "slope", "r2") if name in metrics
+    ]
     heads = [f"at {name[2:].replace('_', '.')} % without" if name.startswith("at") else name.replace("_", " ") for name in order]
     rows = [[name, *(_cell(shift.figures.get((name, metric), [])) for metric in order)] for name in shift.points]
     return table(["source", *heads], rows)
