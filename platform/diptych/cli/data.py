@@ -1,4 +1,4 @@
-"""The verbs on pair datasets: `data ls | show | diff | browse | export | ingest`."""
+"""The verbs on pair datasets: `data ls | show | card | diff | browse | export | ingest`."""
 
 from __future__ import annotations
 
@@ -94,17 +94,30 @@ def diff(options: argparse.Namespace) -> int:
     for change, reason, count in counts.iter_rows():
         sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
     if options.html:
-        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html))}\n")
+        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed)}\n")
     return 0
 
 
 def browse(options: argparse.Namespace) -> int:
     """`diptych data browse D`."""
     from diptych.pairs import browse as pages
+    from diptych.workflow import evidence
 
     dataset = _find(options.dataset)
     out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.html")
-    sys.stdout.write(f"{pages.contact_sheet(dataset, out, limit=options.limit)}\n")
+    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset))
+    sys.stdout.write(f"{written}\n")
+    return 0
+
+
+def card(options: argparse.Namespace) -> int:
+    """`diptych data card D`."""
+    from diptych.workflow import data_card
+
+    dataset = _find(options.dataset)
+    out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.card.html")
+    found = data_card.measure(dataset, sample=options.sample, seed=options.seed)
+    sys.stdout.write(f"{data_card.text(found)}\n\n{data_card.write(found, out)}\n")
     return 0
 
 
