@@ -11,6 +11,9 @@ from diptych.core.errors import ConfigError, nearest
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.manifest import NAME
 
+MOST_NAMED = 8
+"""Datasets that an error names."""
+
 
 def _datasets(root: Path) -> dict[str, Path]:
     folders = [
@@ -29,7 +32,10 @@ def _find(name: str) -> PairDataset:
     known = _datasets(_runs()) if _in_project() else {}
     if name in known:
         return PairDataset.open(known[name])
-    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {', '.join(known) or 'none yet'}",
+    shown = ", ".join(list(known)[:MOST_NAMED]) + (
+        f" and {len(known) - MOST_NAMED:,} more, see `diptych data ls`" if len(known) > MOST_NAMED else ""
+    )
+    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {shown or 'none yet'}",
                          nearest(name, known))  # fmt: skip
 
 
@@ -86,15 +92,19 @@ def show(options: argparse.Namespace) -> int:
 def diff(options: argparse.Namespace) -> int:
     """`diptych data diff A B`."""
     from diptych.pairs import algebra, browse
+    from diptych.workflow import chain
 
     a, b = _find(options.a), _find(options.b)
-    found = algebra.diff(a, b)
+    steps = chain.of(b)
+    place = next((index for index, step in enumerate(steps) if step.digest == a.digest), len(steps))
+    between = steps[place + 1 : -1]
+    found = algebra.diff(a, b, between)
     counts = found.group_by("change", "reason").len().sort("len", descending=True)
     sys.stdout.write(f"{len(a):,} pairs -> {len(b):,} pairs\n")
     for change, reason, count in counts.iter_rows():
         sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
     if options.html:
-        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed)}\n")
+        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed, None, between)}\n")
     return 0
 
 

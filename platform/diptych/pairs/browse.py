@@ -23,7 +23,6 @@ ORIGINAL = ("alt", "human", "tag")
 
 HIDDEN = frozenset({"key", "image", "captions", "split", "phase", "method", "reason", "score", "twin", "change", "columns", "meta.source"})
 HASHES = frozenset({"meta.content", "meta.phash", "meta.dhash"})
-MOST_CHIPS = 10
 
 
 def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int = 0, evidence: Evidence | None = None) -> Path:
@@ -57,28 +56,42 @@ def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int =
     return page.write(out, f"Pairs of {dataset.root.name}", body)
 
 
-def difference_page(a: PairDataset, b: PairDataset, out: Path, limit: int = 200, seed: int = 0, evidence: Evidence | None = None) -> Path:
-    """Writes a page of who left, arrived or changed between two datasets, at most `limit` of each; gives its path."""
-    changes = algebra.diff(a, b)
+def difference_page(
+    a: PairDataset,
+    b: PairDataset,
+    out: Path,
+    limit: int = 200,
+    seed: int = 0,
+    evidence: Evidence | None = None,
+    between: Sequence[PairDataset] = (),
+) -> Path:
+    """Writes a page of who left, arrived or changed between two datasets, at most `limit` of each; gives its path.
+
+    Why a pair left is known from `b`, and from the datasets `between` the two where they are given.
+    """
+    changes = algebra.diff(a, b, between)
     sides, counts = [], []
     before = a.scan().select("key", "captions").rename({"captions": "captions_before"})
     for change, dataset in (("left", a), ("arrived", b), ("changed", b)):
         some = changes.filter(pl.col("change") == change)
-        few = sample(some.lazy(), limit, seed).join(dataset.scan().select("key", "image", "captions").collect(), on="key", how="left")
-        if change == "changed":
-            few = few.join(before.filter(pl.col("key").is_in(few["key"].implode())).collect(), on="key", how="left")
         counts.append(((change, ""), some.height, "kept" if change == "arrived" else ""))
         reasons = some.drop_nulls("reason").group_by("method", "reason").len().sort("len", "reason", descending=[True, False])
         counts += [((f"{change}: {reason}", method), count, "") for method, reason, count in reasons.iter_rows()]
-        shown = _Sheet.of(dataset, [few], evidence).figures(few, change) if few.height else "<p class='empty'>none</p>"
+        if some.is_empty():
+            continue
+        few = sample(some.lazy(), limit, seed).join(dataset.scan().select("key", "image", "captions").collect(), on="key", how="left")
+        if change == "changed":
+            few = few.join(before.filter(pl.col("key").is_in(few["key"].implode())).collect(), on="key", how="left")
+        shown = _Sheet.of(dataset, [few], evidence).figures(few, change)
         sides.append(
             f"<section class='side {change}'><h2>{change.capitalize()}: {some.height:,}</h2><div class='group'>{shown}</div></section>"
         )
+    nothing = "<p class='empty'>Nothing differs.</p>"
     body = [
         f"<p class='note'>From {text(a.root)} ({len(a):,} pairs) to {text(b.root)} ({len(b):,} pairs).</p>",
         page.bars(("change", "method"), counts),
-        page.tools(("left", "arrived", "changed"), scores=True),
-        f"<div class='sides' style='--sides:3'>{''.join(sides)}</div>",
+        page.tools([change for change in algebra.CHANGES if change in set(changes["change"])], scores=bool(changes["score"].count())),
+        f"<div class='sides' style='--sides:{max(1, len(sides))}'>{''.join(sides) or nothing}</div>",
     ]
     return page.write(out, f"{a.root.name} → {b.root.name}", body)
 
@@ -127,9 +140,15 @@ class _Sheet:
             "score": row.get("score"),
         }
         data = " ".join(f"data-{name}='{text(value)}'" for name, value in marks.items() if value is not None)
-        chips = [*_scores(row), *(f"<span>{text(chip)}</span>" for chip in _columns(row))]
+        figures, names = _columns(row)
+        chips = [*_scores(row), *_chips(figures)]
         chips += [f"<span class='evidence'>{text(found)}</span>" for found in self.evidence.get(str(row["key"]), ())]
         extra = f"<div class='chips'>{''.join(chips)}</div>" if chips else ""
+        extra += (
+            f"<details><summary>{len(names)} more columns</summary><div class='chips'>{''.join(_chips(names))}</div></details>"
+            if names
+            else ""
+        )
         captions = _captions(row.get("captions") or (), row.get("captions_before"))
         return (
             f"<figure {data}>{self._pictures(row)}<figcaption>{captions}{extra}<p class='key'>{text(row['key'])}</p></figcaption></figure>"
@@ -142,7 +161,9 @@ class _Sheet:
         twin = self.twins.get(row["twin"])
         other = page.picture(self.reader, twin["image"]) if twin else "<span class='none'>it left earlier</span>"
         said = text(_first(twin["captions"]) if twin else "")
-        return f"<div class='two'><div>{own}<small>left</small></div><div>{other}<small>beside {text(row['twin'])}<br>{said}</small></div></div>"
+        return (
+            f"<div class='two'><div>{own}<small>left</small></div><div>{other}<small>like {text(row['twin'])}<br>{said}</small></div></div>"
+        )
 
 
 def _first(captions: Sequence[Mapping[str, Any]] | None) -> str:
@@ -156,20 +177,24 @@ def _scores(row: Mapping[str, Any]) -> Iterable[str]:
         yield f"<span class='score'>{text(row['reason'])}</span>"
 
 
-def _columns(row: Mapping[str, Any]) -> Iterable[str]:
-    """What methods and sources say of a pair in plain values, e.g. its language, its CLIP score, the guidance scale of its picture."""
-    changed = row.get("columns") or ()
-    yield from (f"changed: {name}" for name in changed if name != "captions")
-    if row.get("meta.source") is not None:
-        yield str(row["meta.source"])
-    shown = [
-        (name, value)
-        for name, value in row.items()
-        if name not in HIDDEN | HASHES and isinstance(value, str | int | float) and value is not None and not name.startswith("feature")
-    ]
-    for name, value in shown[:MOST_CHIPS]:
+def _chips(texts: Iterable[str]) -> list[str]:
+    return [f"<span>{text(chip)}</span>" for chip in texts]
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What methods measured of a pair (e.g. its CLIP score, the guidance scale of its picture), and what else its columns say."""
+    measured = [f"changed: {name}" for name in row.get("columns") or () if name not in HASHES | {"captions"}]
+    measured += [str(row[name]) for name in ("meta.source", "language") if row.get(name) is not None]
+    named = []
+    for name, value in row.items():
+        if name in HIDDEN | HASHES or name == "language" or not isinstance(value, str | int | float):
+            continue
         short = name.removeprefix("meta.")
-        yield f"{short} {value:.3g}" if isinstance(value, float) else f"{short} {value}"
+        if isinstance(value, float):
+            measured.append(f"{short} {value:.3g}")
+        else:
+            named.append(f"{short} {value}")
+    return measured, named
 
 
 def _captions(captions: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> str:
