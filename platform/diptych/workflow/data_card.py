@@ -26,7 +26,9 @@ from diptych.workflow.report import STYLE, section, table
 
 Histogram = Sequence[tuple[str, int]]
 RADIUS = 3
-HEAD, TAIL = 15, 15
+HEAD, TAIL = 12, 12
+SURE, NOT_SURE = 0.5, "not sure"
+"""Probability from which a language counts; below lie captions of a word or two, mostly."""
 WORD_BINS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100)
 SIDE_BINS = (32, 64, 128, 200, 256, 384, 512, 768, 1024, 2048)
 
@@ -126,7 +128,8 @@ def _languages(few: pl.DataFrame) -> tuple[Histogram, list[str]]:
         told = language_filter.told_apart([[text] for text in first])
     except DiptychError as error:
         return [], [f"languages: {error.headline.lower()}"]
-    return Counter(code for ((code, _),) in told).most_common(), []
+    counts = Counter(code if sure >= SURE else NOT_SURE for ((code, sure),) in told)
+    return sorted(counts.items(), key=lambda entry: (entry[0] == NOT_SURE, -entry[1], entry[0])), []
 
 
 def _pictures(dataset: PairDataset, few: pl.DataFrame) -> SampledPictures:
@@ -192,7 +195,7 @@ def write(card: DataCard, out: Path) -> Path:
         section("The way here", "Pairs that came into each phase, what stayed, and why the others left.", _ledger(card)),
         section("Concepts", *_concepts(card)),
         f"<div class='charts'>{_bars('Words a caption', 'words', card.words)}{_bars('Shorter side of pictures, pixels', 'pixels', card.sides)}"
-        f"{_bars(f'Languages of {card.pictures.pairs:,} first captions', 'language', card.languages[:12])}"
+        f"{_bars(f'Languages of {card.pictures.pairs:,} first captions', 'language', _few(card.languages))}"
         f"{_bars('Captions by where they come from', 'source', card.caption_sources)}{_bars('Splits', 'split', card.splits)}</div>",
         section("Copies", _copies_lead(card), _copies(card.pictures)),
     ]
@@ -201,7 +204,8 @@ def write(card: DataCard, out: Path) -> Path:
 
 def _own_style() -> str:
     keep = ("section", ".charts", "svg")
-    return "section { margin: 26px 0 } " + "\n".join(line for line in STYLE.read_text().splitlines() if line.startswith(keep))
+    layout = ".beside { display: flex; flex-wrap: wrap; gap: 12px 44px; align-items: flex-start } .beside svg { flex: 0 1 680px } .beside h3 { margin-top: 0 } section table { width: auto } td:first-child { white-space: nowrap }"
+    return f"section {{ margin: 26px 0 }} {layout} " + "\n".join(line for line in STYLE.read_text().splitlines() if line.startswith(keep))
 
 
 def _source_table(card: DataCard) -> str:
@@ -243,7 +247,14 @@ def _concepts(card: DataCard) -> tuple[str, str]:
         f"<div><h3>{title}</h3>{table(['concept', 'before', 'after'], [[entries[e], f'{before_E[e]:,}', f'{after_E[e]:,}'] for e in chosen.tolist()])}</div>"
         for title, chosen in (("Head", head), ("Tail", tail))
     )
-    return lead, concept_chart.rank_frequency(before_E, after_E) + f"<div class='charts'>{tables}</div>"
+    return lead, f"<div class='beside'>{concept_chart.rank_frequency(before_E, after_E)}{tables}</div>"
+
+
+def _few(values: Histogram, most: int = 9) -> Histogram:
+    """The first values, the others together, and last what is not sure."""
+    known, unsure = [entry for entry in values if entry[0] != NOT_SURE], [entry for entry in values if entry[0] == NOT_SURE]
+    rest = sum(count for _, count in known[most:])
+    return [*known[:most], *([(f"{len(known) - most} others", rest)] if rest else []), *unsure]
 
 
 def _bars(title: str, what: str, values: Histogram) -> str:

@@ -25,10 +25,10 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
 from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
+from diptych.pairs.sources.source_card import SourceCard
 
 Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "target"]
 
@@ -191,6 +192,11 @@ class Digits(Source):
                 key, image, extra = (self._of_target if target else self._of_pool)(split, rows, row)
                 named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
                 yield RawPair(f"digits-{self._named_part(split)}{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+
+    def report(self) -> Mapping[str, Any]:
+        """The card."""
+        about = "handwritten digits of 8 x 8 pixels (UCI optical recognition of handwritten digits) with texts that name them"
+        return SourceCard(about=about, licence="CC-BY-4.0", languages=("en",)).report("digits")
 
     def _named_part(self, split: str) -> str:
         k, n = self.config.part

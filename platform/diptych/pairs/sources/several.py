@@ -25,19 +25,10 @@ from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import RawPair, Source
 from diptych.pairs.sources.placed import PlacedPair
+from diptych.pairs.sources.source_card import SourceCard
 
 COLUMN = "meta.source"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
-class SourceCard(BaseConfig):
-    """What a source says about itself; it travels in the dataset's manifest."""
-
-    about: str = Field("", description="one sentence: what the pairs are and where they came from")
-    licence: str = Field("", description="the licence, by its SPDX name where it has one")
-    url: str = Field("", description="where it can be had")
-    languages: tuple[str, ...] = Field((), description="languages of the captions, as ISO 639-1 codes")
-    filters: str = Field("", description="what was left out before, e.g. rows that a safety tag marks")
 
 
 class Member(BaseConfig):
@@ -118,10 +109,11 @@ class Several(Source):
                 yield replace(named, shard=f"{name}~{named.shard}") if isinstance(named, PlacedPair) else named
 
     def report(self) -> Mapping[str, Any]:
-        """`sources`: every source's card, settings and own report, by name."""
-        return {
-            "sources": {
-                name: {"card": member.card.plain(), "data": dict(member.data), **self._built[name].report()}
-                for name, member in self.config.sources.items()
-            }
-        }
+        """`sources`: every source's card, its settings and what it says of itself, by name; a card given in the workflow goes before its own."""
+        return {"sources": {name: self._said(name, member) for name, member in self.config.sources.items()}}
+
+    def _said(self, name: str, member: Member) -> dict[str, Any]:
+        own = dict(self._built[name].report())
+        cards = [said.get("card", {}) for said in own.pop("sources", {}).values()]
+        card = member.card.plain() if member.card != SourceCard() or not cards else cards[0]
+        return {**own, "card": card, "data": dict(member.data)}
