@@ -8,6 +8,7 @@ from PIL import Image
 from tests.prune.pictures import encoded, picture
 
 from diptych.core.errors import DataError
+from diptych.prune import picture_hashes
 from diptych.prune.picture_hashes import band_bounds, band_of, content, nearest_before, perceptual
 
 
@@ -98,3 +99,24 @@ def test_transparency_lies_on_white() -> None:
     clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     assert content(encoded(clear), "pixels") == content(encoded(Image.new("RGB", (40, 40), (255, 255, 255))), "pixels")
     assert Image.open(io.BytesIO(encoded(clear))).mode == "RGBA"
+
+
+def test_runs_of_any_length_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    size_R = [1, 2, 5, 40, 60, 1, 3]
+    run_N = np.repeat(np.arange(len(size_R)), size_R)
+    hash_N = rng.integers(0, 2**9, len(run_N), dtype=np.uint64)
+    expected = [
+        min(
+            ((int(hash_N[row] ^ hash_N[before]).bit_count(), before) for before in range(row) if run_N[before] == run_N[row]),
+            default=(99, -1),
+        )
+        for row in range(len(run_N))
+    ]
+    for longest in (1, 4, 48, 1000):
+        monkeypatch.setattr(picture_hashes, "LONG", longest)
+        place_N, distance_N = picture_hashes.nearest_in_runs(hash_N, run_N, 2)
+        assert [(distance_N[row], place_N[row]) if place_N[row] >= 0 else None for row in range(len(run_N))] == [
+            found if found[0] <= 2 else None for found in expected
+        ]
+    assert [len(found) for found in picture_hashes.nearest_in_runs(hash_N[:0], run_N[:0], 2)] == [0, 0]

@@ -19,7 +19,7 @@ from pydantic import Field
 from diptych.core.chance import key_hashes
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import Need, PairMethod, Verdict
-from diptych.prune.picture_hashes import BITS, Kind, band_bounds, band_of, nearest_before, perceptual
+from diptych.prune.picture_hashes import BITS, Kind, band_bounds, band_of, nearest_in_runs, perceptual
 from diptych.prune.verdicts import verdict
 
 REASON = "alike picture"
@@ -111,16 +111,15 @@ class Band(PairMethod):
         image = pl.col("image").struct
         pixels = (image.field("width").cast(pl.Int64) * image.field("height")) if self.config.keep == "largest" else pl.lit(0)
         order = batch.select("key", hash=pl.col(column), band="group", pixels=-pixels).with_row_index("row").drop_nulls("hash")
-        order = order.sort("band", "pixels", "key")
+        order = order.filter(pl.col("band").is_duplicated()).sort("band", "pixels", "key")
         copy_N, score_N = np.zeros(batch.height, dtype=bool), np.zeros(batch.height)
         twin_N = np.full(batch.height, -1)
-        for part in order.partition_by("band"):
-            row_M = part["row"].to_numpy().astype(np.int64)
-            before_M, distance_M = _nearest(part["hash"].to_numpy(), self.config.radius)
-            found = before_M >= 0
-            copy_N[row_M[found]] = True
-            score_N[row_M[found]] = 1 - distance_M[found] / BITS
-            twin_N[row_M[found]] = row_M[before_M[found]]
+        row_M = order["row"].to_numpy().astype(np.int64)
+        before_M, distance_M = nearest_in_runs(order["hash"].to_numpy(), order["band"].to_numpy(), self.config.radius)
+        found = before_M >= 0
+        copy_N[row_M[found]] = True
+        score_N[row_M[found]] = 1 - distance_M[found] / BITS
+        twin_N[row_M[found]] = row_M[before_M[found]]
         return verdict(batch, copy_N, REASON, score_N, batch["key"].gather(np.maximum(twin_N, 0)).rename("twin"))
 
     def report(self, state: Any) -> Mapping[str, Any]:
@@ -128,18 +127,6 @@ class Band(PairMethod):
         del state
         first, bits = band_bounds(self.config.radius)[self.config.band]
         return {"band": self.config.band, "bits": [first, first + bits]}
-
-
-def _nearest(hash_M: NDArray[np.uint64], radius: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`nearest_before` over hashes in which equal ones are frequent: only the first of each is compared with the others."""
-    _, first_U, inverse_M = np.unique(hash_M, return_index=True, return_inverse=True)
-    first_M = first_U[inverse_M]
-    before_M, distance_M = np.where(first_M < np.arange(len(hash_M)), first_M, -1), np.zeros(len(hash_M), dtype=np.int64)
-    lead_U = np.sort(first_U)
-    place_U, apart_U = nearest_before(hash_M[lead_U], radius)
-    before_M[lead_U] = np.where(place_U >= 0, lead_U[np.maximum(place_U, 0)], -1)
-    distance_M[lead_U] = apart_U
-    return before_M, distance_M
 
 
 def column_of(kind: Kind) -> str:

@@ -25,6 +25,8 @@ Words = NDArray[np.uint64]
 
 BITS = 64
 SIDE_PX, LOW = 32, 8
+LONG = 48
+"""Rows of a run from which it is compared in blocks."""
 FLAT = 2.0
 """Grey levels of standard deviation below which a picture shows nothing: the signs that a hash is made of would be noise."""
 
@@ -96,3 +98,43 @@ def nearest_before(hash_N: Words, radius: int, block: int = 512) -> tuple[NDArra
         place_N[start : start + len(rows)][near] = best[near]
         distance_N[start : start + len(rows)][near] = nearest[near]
     return place_N, distance_N
+
+
+def nearest_in_runs(hash_N: Words, run_N: NDArray[np.int64], radius: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`nearest_before` within runs: rows of one value of `run_N`, which stand together. Places are rows of the whole.
+
+    Runs are mostly short: each row is compared with the one before it, then with the one before that, all runs at once. What stands in a
+    run longer than `LONG` is compared in blocks, only the first of equal hashes with the others.
+    """
+    place_N, distance_N = np.full(len(hash_N), -1), np.full(len(hash_N), BITS + 1)
+    if not len(hash_N):
+        return place_N, distance_N
+    start_R = np.flatnonzero(np.append(True, np.diff(run_N) != 0))
+    size_R = np.diff(np.append(start_R, len(hash_N)))
+    for start, size in zip(start_R[size_R > LONG].tolist(), size_R[size_R > LONG].tolist(), strict=True):
+        run = slice(start, start + size)
+        before_M, distance_N[run] = _nearest_of_many(hash_N[run], radius)
+        place_N[run] = np.where(before_M >= 0, before_M + start, -1)
+    first_N = np.repeat(start_R, size_R)
+    at_M = np.flatnonzero(np.repeat(size_R <= LONG, size_R))
+    for back in range(1, LONG):
+        at_M = at_M[at_M - back >= first_N[at_M]]
+        if not len(at_M):
+            break
+        apart_M = np.bitwise_count(hash_N[at_M] ^ hash_N[at_M - back])
+        # Of equally near ones the first counts, so the farthest back: it is looked at last.
+        near_M = at_M[(apart_M <= radius) & (apart_M <= distance_N[at_M])]
+        place_N[near_M] = near_M - back
+        distance_N[near_M] = np.bitwise_count(hash_N[near_M] ^ hash_N[near_M - back])
+    return place_N, distance_N
+
+
+def _nearest_of_many(hash_M: Words, radius: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`nearest_before` over hashes in which equal ones are frequent."""
+    _, first_U, inverse_M = np.unique(hash_M, return_index=True, return_inverse=True)
+    first_M = first_U[inverse_M]
+    before_M, distance_M = np.where(first_M < np.arange(len(hash_M)), first_M, -1), np.zeros(len(hash_M), dtype=np.int64)
+    lead_U = np.sort(first_U)
+    place_U, distance_M[lead_U] = nearest_before(hash_M[lead_U], radius)
+    before_M[lead_U] = np.where(place_U >= 0, lead_U[np.maximum(place_U, 0)], -1)
+    return before_M, distance_M
