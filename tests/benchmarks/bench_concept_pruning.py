@@ -26,7 +26,7 @@ from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.prune import concept_pruning as ours_method
 from diptych.prune.concept_pruning import Config
 
-TARGET = 1.5
+TARGET = 1.0
 KEEP, NEIGHBOURS, TAU, ITERATIONS, WIDTH, TABLES = 0.3, 20, 0.1, 20, 512, 8
 AGREEMENT = 0.995
 
