@@ -252,3 +252,13 @@ def test_a_set_brings_its_templates_and_its_classes(home: Path, tmp_path: Path) 
     digits = StoredEncoder(home / "model", PairDataset.open(home / "pairs"), tmp_path / "cache")
     with pytest.raises(ConfigError, match="brings no prompt templates"):
         evaluation.measure(digits, [{"method": "zero-shot", "templates": "set"}], "digits", 0)
+
+
+def test_the_same_pictures_under_another_model(home: Path, tmp_path: Path) -> None:
+    one, two = family(home, tmp_path / "cache", 2)
+    pairs = one.dataset.scan().head(20).collect()
+    beside = one.beside(f"local-dir:{two.model_dir}")
+    np.testing.assert_array_equal(beside.images(pairs), two.images(pairs))
+    assert (beside.images(pairs) != one.images(pairs)).any()
+    with pytest.raises(DataError, match="no model directory"):
+        one.beside(str(tmp_path))

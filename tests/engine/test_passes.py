@@ -14,11 +14,13 @@ from diptych.core.config import Config
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import PairMethod, Verdict
 from diptych.engine import passes
-from diptych.engine.features import FeatureSpec
+from diptych.engine.features import FeatureSpec, compute, model
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
+from diptych.evaluate.encode import encode_texts
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.ingest import ingest_all
+from diptych.pairs.shards import ShardReader
 
 CHAIN: tuple[dict[str, Any], ...] = (
     {"method": "semantic-dedup", "epsilon": 0.02, "clusters": 6},
@@ -176,3 +178,42 @@ def test_painted_pictures_are_packed_and_the_ledger_holds(pairs: PairDataset, tm
 def test_new_pictures_cannot_be_looked_at_in_the_phase_that_makes_them(pairs: PairDataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot see the pictures"):
         go(pairs, tmp_path / "out", here(), [config(DISTIL), config(CHAIN[0])])
+
+
+def test_a_chain_of_steps_is_one_method_and_copies_name_their_twin(pairs: PairDataset, tmp_path: Path) -> None:
+    result = go(pairs, tmp_path / "out", here(), [config({"method": "exact-duplicates"})])
+    assert [method["method"] for method in result.manifest.phase.methods] == ["exact-duplicates"]
+    rejects = result.rejects()
+    kept = result.read().filter(pl.col("split") == "train")
+    assert kept.height + rejects.height == 2000 + 500
+    assert kept["meta.content"].is_duplicated().sum() == 0
+    assert rejects.height > 1000, "2,500 draws from 1,200 pictures, most of them of one class"
+    assert set(rejects["twin"]) <= set(kept["key"])
+    assert passes.count([config({"method": "exact-duplicates"})], 0) == 1 + 1 + 3
+
+
+def test_pictures_are_held_a_slice_at_a_time(pairs: PairDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = go(pairs, tmp_path / "a" / "out", here(), [config({"method": "exact-duplicates"})])
+    monkeypatch.setattr(passes, "PIXEL_ROWS", 300)
+    held = []
+    read_column = ShardReader.read_column
+    monkeypatch.setattr(ShardReader, "read_column", lambda self, images: held.append(len(images)) or read_column(self, images))
+    cut = go(pairs, tmp_path / "b" / "out", here(), [config({"method": "exact-duplicates"})])
+    assert cut.digest == whole.digest
+    assert max(held) <= 300
+
+
+def test_text_features_are_of_the_first_caption(pairs: PairDataset, tmp_path: Path) -> None:
+    chosen = config({"method": "clip-score-filter", "keep": 0.25, "features": "digits-16"})
+    result = passes.run(
+        pairs, [chosen], "prune", tmp_path / "out", seed=3, session=here(), scratch=tmp_path / "scratch", code="c", version="0",
+        progress=Progress(quiet=True), feature_specs={"digits-16": FeatureSpec(name="digits-16", seed=3)},
+    )  # fmt: skip
+    kept = result.read().filter(pl.col("split") == "train")
+    assert kept.height >= 625
+    assert [name for name in kept.columns if "feature" in name] == []
+    row = kept.row(0, named=True)
+    encoder = model("digits-16", "", 3)
+    text_D = encode_texts(encoder, [row["captions"][0]["text"]])[0]
+    image_D = compute(FeatureSpec(name="digits-16", seed=3), kept.head(1), result.reader())[0]
+    assert row["meta.clip_score"] == pytest.approx(float(text_D @ image_D), abs=1e-5)

@@ -37,7 +37,8 @@ def writer(out: Path, pairs_in: int | None = 2) -> DatasetWriter:
 
 def left(*keys: str, reason: str = "near copy") -> pl.DataFrame:
     return pl.DataFrame(
-        {"key": keys, "phase": "prune", "method": "m", "reason": reason, "score": 0.5, "image": None, "captions": None}, schema=REJECTS
+        {"key": keys, "phase": "prune", "method": "m", "reason": reason, "score": 0.5, "image": None, "captions": None, "twin": None},
+        schema=REJECTS,
     )
 
 

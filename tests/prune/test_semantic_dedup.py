@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
 from diptych.prune.clusters import Clusters
-from diptych.prune.semantic_dedup import Config, default_clusters, similarity_before, similarity_before_by_cluster
+from diptych.prune.semantic_dedup import Config, default_clusters, nearest_before, similarity_before, similarity_before_by_cluster
 
 
 def planted(originals: int, copies: int, width: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -114,3 +114,19 @@ def test_needs_and_report(run_pass, pairs, directions) -> None:
     assert method.needs == {"captions", "features"}
     assert method.report(outcome.state) == {"pairs": 40, "clusters": 2}
     assert method.state_bytes(40, 8) >= outcome.state.centroids_KD.nbytes
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 1000])
+def test_nearest_before_is_the_plain_maximum(tile_rows: int) -> None:
+    features_MD = normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows_R = np.array([1, 5, 20, 59])
+    expected = [int((features_MD[:row] @ features_MD[row]).argmax()) for row in rows_R]
+    assert nearest_before(features_MD, rows_R, tile_rows).tolist() == expected
+    assert len(nearest_before(features_MD, rows_R[:0])) == 0
+
+
+def test_a_copy_names_its_twin(run_pass, pairs) -> None:
+    features_ND, source = planted(300, 100)
+    outcome = run_pass(Config(epsilon=0.05, clusters=3).build(0), [pairs(features_ND)])
+    hits = [source[int(key[1:])] == source[int(twin[1:])] for key, twin in outcome.rejected.select("key", "twin").iter_rows()]
+    assert np.mean(hits) > 0.95

@@ -166,7 +166,10 @@ def test_changes_since_a_third_arm() -> None:
 
 def test_figures_of_compressors() -> None:
     report = {"overall": 0.5, "yes": True, "text": "no", "kept_share": {"image": 0.8}, "matrices": {str(i): 0.1 for i in range(9)}}
-    assert claim.of_reports({"compress": {"report": {"flap": report}}}) == {"compress/flap/overall": 0.5, "compress/flap/kept_share/image": 0.8}
+    assert claim.of_reports({"compress": {"report": {"flap": report}}}) == {
+        "compress/flap/overall": 0.5,
+        "compress/flap/kept_share/image": 0.8,
+    }
 
 
 def test_the_words_of_a_demand() -> None:

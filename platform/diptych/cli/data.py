@@ -1,4 +1,4 @@
-"""The verbs on pair datasets: `data ls | show | diff | browse | export | ingest`."""
+"""The verbs on pair datasets: `data ls | show | card | diff | browse | export | ingest`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 from diptych.core.errors import ConfigError, nearest
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.manifest import NAME
+
+MOST_NAMED = 8
+"""Datasets that an error names."""
 
 
 def _datasets(root: Path) -> dict[str, Path]:
@@ -29,7 +32,10 @@ def _find(name: str) -> PairDataset:
     known = _datasets(_runs()) if _in_project() else {}
     if name in known:
         return PairDataset.open(known[name])
-    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {', '.join(known) or 'none yet'}",
+    shown = ", ".join(list(known)[:MOST_NAMED]) + (
+        f" and {len(known) - MOST_NAMED:,} more, see `diptych data ls`" if len(known) > MOST_NAMED else ""
+    )
+    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {shown or 'none yet'}",
                          nearest(name, known))  # fmt: skip
 
 
@@ -89,25 +95,42 @@ def show(options: argparse.Namespace) -> int:
 def diff(options: argparse.Namespace) -> int:
     """`diptych data diff A B`."""
     from diptych.pairs import algebra, browse
+    from diptych.workflow import chain
 
     a, b = _find(options.a), _find(options.b)
-    found = algebra.diff(a, b)
+    steps = chain.of(b)
+    place = next((index for index, step in enumerate(steps) if step.digest == a.digest), len(steps))
+    between = steps[place + 1 : -1]
+    found = algebra.diff(a, b, between)
     counts = found.group_by("change", "reason").len().sort("len", descending=True)
     sys.stdout.write(f"{len(a):,} pairs -> {len(b):,} pairs\n")
     for change, reason, count in counts.iter_rows():
         sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
     if options.html:
-        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html))}\n")
+        sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed, None, between)}\n")
     return 0
 
 
 def browse(options: argparse.Namespace) -> int:
     """`diptych data browse D`."""
     from diptych.pairs import browse as pages
+    from diptych.workflow import evidence
 
     dataset = _find(options.dataset)
     out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.html")
-    sys.stdout.write(f"{pages.contact_sheet(dataset, out, limit=options.limit)}\n")
+    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset))
+    sys.stdout.write(f"{written}\n")
+    return 0
+
+
+def card(options: argparse.Namespace) -> int:
+    """`diptych data card D`."""
+    from diptych.workflow import data_card
+
+    dataset = _find(options.dataset)
+    out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.card.html")
+    found = data_card.measure(dataset, sample=options.sample, seed=options.seed)
+    sys.stdout.write(f"{data_card.text(found)}\n\n{data_card.write(found, out)}\n")
     return 0
 
 

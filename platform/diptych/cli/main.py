@@ -138,12 +138,21 @@ def _question_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.add_argument("--latex", metavar="FILE", help="also write the table for a paper")
     compare.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples")
     compare.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    lines = _verb(verbs, "lines", "draw the lines of data sources: accuracy under shift over accuracy without", "questions:lines",
+                  "For runs that were evaluated with quality-not-quantity; several runs, e.g. seeds, share one chart.")  # fmt: skip
+    lines.add_argument("runs", nargs="*", metavar="RUN", help="evaluated runs; without any those that have lines are listed")
+    lines.add_argument("--html", metavar="FILE", help="the page; default: runs/.lines/RUN.html")
     trace = _verb(verbs, "trace", "follow a figure or a model back to its pairs, or a pair to its fate", "questions:trace")
     trace.add_argument("target", help="a figure (emoji/retrieval/text_to_image_r1), a model directory, or a pair's key")
     trace.add_argument("--run", metavar="RUN", help="look in this run only")
     methods = _verb(verbs, "methods", "list the methods, or show one with its parameters", "questions:methods")
     methods.add_argument("name", nargs="?", help="a method")
     methods.add_argument("--phase", help="only methods of this phase")
+
+
+def _sampled(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--limit", type=int, default=200, help=what)
+    parser.add_argument("--seed", type=int, default=0, help="names the draw of those shown")
 
 
 def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -159,11 +168,22 @@ def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     diff = _verb(kinds, "diff", "which pairs left, came or changed between two datasets", "data:diff")
     diff.add_argument("a")
     diff.add_argument("b")
-    diff.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
-    browse = _verb(kinds, "browse", "write a contact sheet: pictures, captions by source, rejects with reasons", "data:browse")
+    diff.add_argument("--html", metavar="FILE", help="also write a page with the pictures, before and after")
+    _sampled(diff, "pairs shown of each kind")
+    browse = _verb(kinds, "browse", "write a page: what stays beside what left, with reasons and evidence, to filter", "data:browse")
     browse.add_argument("dataset")
     browse.add_argument("--out", metavar="FILE", default=None, help="the HTML file; default: beside the dataset")
-    browse.add_argument("--limit", type=int, default=200, help="pairs shown")
+    _sampled(browse, "pairs shown, and rejects")
+    card = _verb(
+        kinds,
+        "card",
+        "write a data card: sources, licences, languages, lengths, concepts before and after, duplicates, ledger",
+        "data:card",
+    )
+    card.add_argument("dataset", help="a folder, or RUN/PHASE as `data ls` prints it")
+    card.add_argument("--out", metavar="FILE", default=None, help="the HTML file; default: beside the dataset")
+    card.add_argument("--sample", type=int, default=2000, help="pairs whose pictures and languages are looked at, drawn by key")
+    card.add_argument("--seed", type=int, default=0, help="names the draw")
     export = _verb(kinds, "export", "write a dataset as WebDataset tars, Parquet with bytes, or a 🤗 data set", "data:export")
     export.add_argument("dataset")
     export.add_argument("out")

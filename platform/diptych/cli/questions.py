@@ -1,4 +1,4 @@
-"""The verbs that answer questions: `compare`, `trace`, `methods`."""
+"""The verbs that answer questions: `compare`, `lines`, `trace`, `methods`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def compare(options: argparse.Namespace) -> int:
         written.append(compare_table.save(Path(options.latex), compare_table.to_latex(found)))
     for path in written:
         sys.stdout.write(f"  written: {path}\n")
+    return 0
+
+
+def lines(options: argparse.Namespace) -> int:
+    """`diptych lines RUN …`."""
+    from diptych.workflow import lines_page, results
+    from diptych.workflow.project import Project
+
+    project = Project.find(Path.cwd())
+    if not options.runs:
+        for name, run in results.evaluated(project).items():
+            if lines_page.has_lines(run):
+                sys.stdout.write(f"  {name}\n")
+        return 0
+    default = project.runs / ".lines" / f"{options.runs[0].replace('/', '--')}.html"
+    runs = [results.find(project, name) for name in options.runs]
+    sys.stdout.write(f"{lines_page.write_runs(runs, Path(options.html) if options.html else default)}\n")
     return 0
 
 

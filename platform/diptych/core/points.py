@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-Need = Literal["captions", "pixels", "features"]
+Need = Literal["captions", "pixels", "features", "text features"]
 
 
 # ---------------------------------------------------------------- pairs: ingest, curate, prune, caption
@@ -60,7 +60,8 @@ class Verdict:
 
     Attributes:
         kept: the rows that stay, with the columns they came with; captions, new columns and, for a method that paints, `pixels` may differ.
-        rejected: `key` (str), `reason` (str, short and countable), `score` (float, may be null).
+        rejected: `key` (str), `reason` (str, short and countable), `score` (float, may be null); optionally `twin` (str, may be null):
+            the key of the pair that it was found to be a copy of.
     """
 
     kept: pl.DataFrame
@@ -89,9 +90,12 @@ class PairMethod(ABC):
 
     A batch is a polars frame of the pair table (`pairs/schema.py`). `needs` lists what else it must hold:
     `"pixels"` adds the column `pixels` (the encoded image, binary), `"features"` adds the column `feature`
-    (`Array(Float32, D)`, L2-normalised). Decisions depend on `(seed, key)` and content, never on order.
+    (`Array(Float32, D)`, L2-normalised), `"text features"` the column `text_feature` of the pair's first caption by the same model (all 0
+    without a caption). Decisions depend on `(seed, key)` and content, never on order.
 
     A method that `paints` may give a kept row another picture: what its `pixels` then hold is packed into shards of the new dataset.
+    A method that must group in more than one way, or mark pairs before it groups them, is a chain: its `Config` has a method `steps()` that
+    gives the configurations to run in its place, one after another, under its name.
     """
 
     needs: frozenset[Need] = frozenset({"captions"})

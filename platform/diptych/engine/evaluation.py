@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,6 +139,12 @@ class StoredEncoder:
     def logit_scale(self) -> float:
         """The factor of the cosine in the logits."""
         return float(self.checkpoint.facts["logit_scale"])
+
+    def beside(self, model_dir: str) -> StoredEncoder:
+        """The same pictures under another checkpoint, for benchmarks that compare models. Raises DataError if it is no model directory."""
+        other = replace(self, model_dir=Path(model_dir.removeprefix("local-dir:")), companions=(), shared=None)
+        other.checkpoint.identity  # noqa: B018 - asks for the files
+        return other
 
     def images(self, pairs: pl.DataFrame, transform: PictureTransform | None = None) -> Features:
         """`[N, D]`, a row a pair, in the order of the frame; from the cache where that very selection was encoded before.

@@ -133,6 +133,22 @@ def model(name: str, weights: str, seed: int) -> DualEncoder:
     return encoder.eval()
 
 
+def of_captions(spec: FeatureSpec, frame: pl.DataFrame) -> NDArray[np.float32]:
+    """L2-normalised features `[N, D]` of every pair's first caption, 0 where it has none. Not cached: texts cost little beside pictures."""
+    import torch
+
+    from diptych.evaluate.encode import encode_texts
+
+    if frame.is_empty():
+        return np.zeros((0, 1), dtype=np.float32)
+    encoder = model(spec.name, spec.weights, spec.seed)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    first = frame["captions"].list.first().struct.field("text")
+    values = encode_texts(encoder, first.fill_null("").to_list())
+    values[first.is_null().to_numpy()] = 0
+    return values
+
+
 def _encoded(spec: FeatureSpec, frame: pl.DataFrame, reader: ShardReader) -> NDArray[np.float32]:
     import torch
 

@@ -23,9 +23,10 @@ from diptych.core.points import Fold, PairMethod, Verdict
 from diptych.engine import features
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
-from diptych.pairs.dataset import PairDataset
+from diptych.pairs.dataset import PairDataset, with_twin
 from diptych.pairs.image import EXTENSIONS, verify
 from diptych.pairs.manifest import PhaseRecord, ShardEntry
+from diptych.pairs.schema import REJECTS
 from diptych.pairs.shards import ShardReader, ShardWriter
 from diptych.pairs.write import DatasetWriter
 
@@ -33,6 +34,10 @@ BUCKET_BYTES = 96 * 2**20
 FEATURE = "_feature."
 PAINTED = "_painted"
 """The scratch column of new pictures, encoded; null where a pair keeps its own."""
+LENT = ("feature", "text_feature", "pixels", "group")
+"""Columns that a batch has for the method alone."""
+PIXEL_ROWS = 1024
+"""Pairs whose encoded pictures are held at once, where a method decides on every pair by itself."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Place:
     def column(self) -> str:
         """The scratch column that carries this method's features."""
         return FEATURE + (self.feature.name if self.feature else "")
+
+    @property
+    def text_column(self) -> str:
+        """The scratch column that carries the features of first captions by the same model."""
+        return f"{self.column}:text"
 
     def build(self) -> PairMethod:
         """The method itself, built in the process that runs it."""
@@ -79,6 +89,7 @@ def run(
     links the tables of `source`. Raises what the methods raise, and DataError when a method loses or invents a row.
     """
     work = scratch / digest.short(digest.of_plain([source.digest, phase, seed, code, [config.plain() for config in configs]]))
+    methods, configs = tuple(config.plain() for config in configs), steps_of(configs)
     if finished := sum(1 for _ in work.glob("*/*.*")):
         progress.note(f"{phase} continues from {finished:,} finished pieces")
     work.mkdir(parents=True, exist_ok=True)
@@ -91,9 +102,7 @@ def run(
         place = Place(phase, name, config, seed, work / f"{position}-{name}", source.reader(), spec)
         stage = Stage(place, tables, session, progress, (position, len(configs)))
         tables, reports[f"{position}-{name}"] = stage.run()
-    record = PhaseRecord(
-        phase=phase, methods=tuple(config.plain() for config in configs), seed=seed, code=code, version=version, report=reports
-    )
+    record = PhaseRecord(phase=phase, methods=methods, seed=seed, code=code, version=version, report=reports)
     dataset = _assemble(source, tables, work, len(configs), record, out)
     shutil.rmtree(work)
     return dataset
@@ -112,10 +121,18 @@ def _check_painting(configs: Sequence[Config], phase: str, seed: int) -> None:
             )  # fmt: skip
 
 
+def steps_of(configs: Sequence[Config]) -> list[Config]:
+    """The configurations to run in turn: a method that is a chain gives its own."""
+    return [step for config in configs for step in (config.steps() if hasattr(config, "steps") else (config,))]
+
+
 def count(configs: Sequence[Config], seed: int) -> int:
     """How often `run` goes over the tables: once for the split, then features, folds and verdicts of every method."""
-    methods: list[PairMethod] = [config.build(seed) for config in configs]  # type: ignore[attr-defined]
-    each = [("features" in method.needs) + len(method.folds()) + (1 if type(method).group is PairMethod.group else 3) for method in methods]
+    methods: list[PairMethod] = [config.build(seed) for config in steps_of(configs)]  # type: ignore[attr-defined]
+    each = [
+        len(method.needs & {"features", "text features"}) + len(method.folds()) + (1 if type(method).group is PairMethod.group else 3)
+        for method in methods
+    ]
     return 1 + sum(each) if methods else 0
 
 
@@ -185,6 +202,8 @@ class Stage:
         method = place.build()
         if "features" in method.needs:
             self.tables = self._each(_WithFeatures(place), self.tables, "features")
+        if "text features" in method.needs:
+            self.tables = self._each(_WithTextFeatures(place), self.tables, "text features")
         state: Any = None
         for number, fold in enumerate(method.folds()):
             state = self._fold(number, fold, state)
@@ -229,9 +248,10 @@ def _memory_bytes(path: Path) -> int:
 
 def _batch(place: Place, frame: pl.DataFrame, method: PairMethod) -> pl.DataFrame:
     """The frame as the method sees it: `feature` and `pixels` added when needed, other scratch columns hidden."""
-    batch = frame.drop([name for name in frame.columns if name == PAINTED or (name.startswith(FEATURE) and name != place.column)])
-    if "features" in method.needs:
-        batch = batch.rename({place.column: "feature"})
+    wanted = {place.column: "feature"} if "features" in method.needs else {}
+    wanted |= {place.text_column: "text_feature"} if "text features" in method.needs else {}
+    hidden = [name for name in frame.columns if name == PAINTED or (name.startswith(FEATURE) and name not in wanted)]
+    batch = frame.drop(hidden).rename(wanted)
     if "pixels" in method.needs:
         batch = batch.with_columns(pl.Series("pixels", place.reader.read_column(frame["image"]), dtype=pl.Binary))
     return batch
@@ -250,9 +270,14 @@ def _decided(place: Place, frame: pl.DataFrame, method: PairMethod, state: Any) 
     return Verdict(kept.with_columns(own.alias(PAINTED)), verdict.rejected)
 
 
+def _returned(kept: pl.DataFrame) -> pl.DataFrame:
+    """The kept rows without what was lent to the method."""
+    return kept.drop([name for name in LENT if name in kept.columns])
+
+
 def _restore(place: Place, before: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
     """The kept rows with their scratch columns back, in the order they came in."""
-    kept = kept.drop([name for name in ("feature", "pixels", "group") if name in kept.columns])
+    kept = _returned(kept)
     hidden = [name for name in before.columns if name.startswith((FEATURE, PAINTED)) and name not in kept.columns]
     order = before.select("key", *hidden).with_row_index("_order")
     return order.join(kept, on="key", how="inner").sort("_order").select(*kept.columns, *hidden)
@@ -270,10 +295,11 @@ def _check(place: Place, before: pl.DataFrame, kept: pl.DataFrame, rejected: pl.
 def _left(place: Place, before: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
     """Rejects with their picture and captions, so that the contact sheet can show them."""
     return (
-        rejected.select("key", pl.col("reason").cast(pl.String), pl.col("score").cast(pl.Float32))
+        with_twin(rejected)
+        .select("key", pl.col("reason").cast(pl.String), pl.col("score").cast(pl.Float32), pl.col("twin").cast(pl.String))
         .join(before.select("key", "image", "captions"), on="key", how="left", maintain_order="left")
         .with_columns(phase=pl.lit(place.phase), method=pl.lit(place.method))
-        .select("key", "phase", "method", "reason", "score", "image", "captions")
+        .select(list(REJECTS))
     )
 
 
@@ -301,6 +327,25 @@ class _WithFeatures:
             values = features.compute(self.place.feature, frame, self.place.reader)
             column = pl.Series(self.place.column, values, dtype=pl.Array(pl.Float32, values.shape[1]))
             _write(frame.with_columns(column), path)
+        return path
+
+
+@dataclass(frozen=True)
+class _WithTextFeatures:
+    """Adds the features of every pair's first caption to a table."""
+
+    place: Place
+
+    def __call__(self, item: tuple[int, Path]) -> Path:
+        index, table = item
+        frame = pl.read_parquet(table)
+        if self.place.text_column in frame.columns:
+            return table
+        path = self.place.scratch / f"texts-{index:05d}.parquet"
+        if not path.exists():
+            assert self.place.feature is not None, f"{self.place.method} needs text features but names no model"
+            values = features.of_captions(self.place.feature, frame)
+            _write(frame.with_columns(pl.Series(self.place.text_column, values, dtype=pl.Array(pl.Float32, values.shape[1]))), path)
         return path
 
 
@@ -341,10 +386,13 @@ class _Apply:
             return path
         frame = pl.read_parquet(table)
         method = self.place.build()
-        verdict = _decided(self.place, frame, method, self.state)
-        if verdict.rejected.height:
-            _write(_left(self.place, frame, verdict.rejected), self.place.scratch / f"left-{index:05d}.parquet")
-        return _write(_restore(self.place, frame, verdict.kept), path)
+        rows = PIXEL_ROWS if "pixels" in method.needs else max(1, frame.height)
+        slices = [frame.slice(start, rows) for start in range(0, max(1, frame.height), rows)]
+        verdicts = [_decided(self.place, part, method, self.state) for part in slices]
+        kept, rejected = pl.concat([_returned(verdict.kept) for verdict in verdicts]), pl.concat([verdict.rejected for verdict in verdicts])
+        if rejected.height:
+            _write(_left(self.place, frame, rejected), self.place.scratch / f"left-{index:05d}.parquet")
+        return _write(_restore(self.place, frame, kept), path)
 
 
 @dataclass(frozen=True)
@@ -390,7 +438,7 @@ class _Decide:
             method = self.place.build()
             verdict = _decided(self.place, frame.drop("_table"), method, self.state)
             tables = frame.select("key", "_table")
-            drop = [name for name in ("feature", "pixels", "group") if name in verdict.kept.columns]
+            drop = [name for name in LENT if name in verdict.kept.columns]
             self._hand_back(verdict.kept.drop(drop).join(tables, on="key"), "decided-kept", bucket)
             self._hand_back(_left(self.place, frame, verdict.rejected).join(tables, on="key"), "decided-left", bucket)
         done.touch()

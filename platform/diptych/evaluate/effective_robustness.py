@@ -39,12 +39,17 @@ def fit_line(base_id: ArrayLike, base_ood: ArrayLike, space: Space, n: int | Non
     return Line(float(fit.slope), float(fit.intercept), float(fit.rvalue))
 
 
-def effective_robustness(line: Line, accuracy_id: ArrayLike, accuracy_ood: ArrayLike, space: Space, n: int | None = None) -> Floats:
-    """Accuracy under shift beyond what the line predicts from accuracy without, in accuracy."""
+def expected(line: Line, accuracy_id: ArrayLike, space: Space, n: int | None = None) -> Floats:
+    """Accuracy under shift that the line expects of models with some accuracy without, as fractions."""
     from scipy.special import expit, ndtr
 
-    predicted = {"logit": expit, "probit": ndtr}[space](line.slope * transformed(accuracy_id, space, n) + line.intercept)
-    return np.asarray(np.asarray(accuracy_ood, np.float64) - predicted)
+    back = {"logit": expit, "probit": ndtr}[space]
+    return np.asarray(back(line.slope * transformed(accuracy_id, space, n) + line.intercept))
+
+
+def effective_robustness(line: Line, accuracy_id: ArrayLike, accuracy_ood: ArrayLike, space: Space, n: int | None = None) -> Floats:
+    """Accuracy under shift beyond what the line predicts from accuracy without, in accuracy."""
+    return np.asarray(np.asarray(accuracy_ood, np.float64) - expected(line, accuracy_id, space, n))
 
 
 class Correlations(NamedTuple):

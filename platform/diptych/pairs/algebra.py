@@ -47,13 +47,13 @@ def subtract(a: PairDataset, b: PairDataset, out: Path, version: str = "") -> Pa
 def diff(a: PairDataset, b: PairDataset, between: Sequence[PairDataset] = ()) -> pl.DataFrame:
     """Who `left`, `arrived` or `changed` on the way from `a` to `b`, sorted by change and key.
 
-    Columns: `key`, `change`, `columns` (names of what changed), and for those that left `phase`, `method`, `reason`, `score` if `b` or one of
+    Columns: `key`, `change`, `columns` (names of what changed), and for those that left `phase`, `method`, `reason`, `score`, `twin` if `b` or one of
     the datasets `between` turned them away. A picture that was packed anew with the same bytes has not changed.
     """
     one, two = a.read(), b.read()
     gone = one.join(two, on="key", how="anti").select("key", change=pl.lit("left"))
     new = two.join(one, on="key", how="anti").select("key", change=pl.lit("arrived"))
-    why = pl.concat([dataset.rejects().select("key", "phase", "method", "reason", "score") for dataset in (*between, b)])
+    why = pl.concat([dataset.rejects().select("key", "phase", "method", "reason", "score", "twin") for dataset in (*between, b)])
     why = why.unique("key", keep="last", maintain_order=True)
     moves = pl.concat([gone, new]).with_columns(columns=pl.lit([], pl.List(pl.String)))
     found = pl.concat([moves, _changed(a, b, one, two)]).join(why, on="key", how="left")
@@ -62,7 +62,7 @@ def diff(a: PairDataset, b: PairDataset, between: Sequence[PairDataset] = ()) ->
 
 def _blank_reasons(found: pl.DataFrame) -> pl.DataFrame:
     """A reason belongs to those that left; another pair of the same key may have been turned away as a duplicate."""
-    names = ("phase", "method", "reason", "score")
+    names = ("phase", "method", "reason", "score", "twin")
     return found.with_columns(pl.when(pl.col("change") == "left").then(pl.col(name)).otherwise(None).alias(name) for name in names)
 
 
@@ -128,7 +128,9 @@ def _tables(dataset: PairDataset) -> Iterator[pl.DataFrame]:
 
 
 def _left(rows: pl.DataFrame, verb: str, reason: str) -> pl.DataFrame:
-    named = rows.with_columns(phase=pl.lit(verb), method=pl.lit(verb), reason=pl.lit(reason), score=pl.lit(None, pl.Float32))
+    named = rows.with_columns(
+        phase=pl.lit(verb), method=pl.lit(verb), reason=pl.lit(reason), score=pl.lit(None, pl.Float32), twin=pl.lit(None, pl.String)
+    )
     return named.select(list(REJECTS))
 
 

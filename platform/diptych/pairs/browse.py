@@ -1,10 +1,8 @@
-"""Pages to look at pairs: one HTML file that needs no server, no script and no network."""
+"""Pages to look at pairs: what stays beside what left and why, and what changed between two datasets."""
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +10,90 @@ import numpy as np
 import polars as pl
 
 from diptych.core import chance, digest
-from diptych.core.errors import DiptychError
-from diptych.pairs import algebra, files
+from diptych.pairs import algebra, page
 from diptych.pairs.dataset import PairDataset
+from diptych.pairs.page import text
 from diptych.pairs.shards import ShardReader
-from diptych.pairs.thumbnails import webp
 
-THUMBNAIL_PX = 128
-MAX_SHOWN_CHARS = 300
+Evidence = Callable[[pl.DataFrame], Mapping[str, Sequence[str]]]
+"""From rows with `key` and `captions` to what methods saw in them, by key: short plain texts."""
 
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
-.sheet {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem }}
-figure {{ margin: 0; overflow-wrap: anywhere }} img, .none {{ width: 128px; height: 128px; object-fit: contain; background: #eee; display: block }}
-figcaption p {{ margin: .2rem 0 }} .key, .source {{ color: #666; font-size: 11px }} td, th {{ padding: .1rem .8rem .1rem 0; text-align: left }}
-</style></head><body><h1>{title}</h1>
-"""
+ORIGINAL = ("alt", "human", "tag")
+"""Sources of captions that came with the pair; others were made from it."""
+
+HIDDEN = frozenset({"key", "image", "captions", "split", "phase", "method", "reason", "score", "twin", "change", "columns", "meta.source"})
+HASHES = frozenset({"meta.content", "meta.phash", "meta.dhash"})
 
 
-def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int = 0) -> Path:
+def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int = 0, evidence: Evidence | None = None) -> Path:
     """Writes a page of at most `limit` pairs and as many rejects a reason as fit into `limit`; gives its path.
 
-    Which are shown depends on `(seed, key)` alone. Captions stand under their source, rejects under method and reason.
+    Which are shown depends on `(seed, key)` alone. Captions stand under their source, rewritten ones under the original; a copy stands
+    beside the pair that it is a copy of; `evidence` adds what the methods saw.
     """
-    reader, ledger = dataset.reader(), dataset.manifest.ledger
+    ledger, rejects = dataset.manifest.ledger, dataset.rejects()
     chosen = sample(dataset.scan(), limit, seed)
-    rows = [(entry.method, entry.reason, f"{entry.count:,}") for entry in ledger.left]
-    body = [
-        f"<p>{len(dataset):,} pairs of {ledger.pairs_in:,}; phase {_text(dataset.manifest.phase.phase)}; {digest.short(dataset.digest)}</p>",
-        _table(("method", "reason", "pairs"), rows) if rows else "",
-        f"<h2>Kept ({chosen.height:,} shown)</h2>",
-        _sheet(reader, chosen.iter_rows(named=True)),
-    ]
-    rejects = dataset.rejects()
     groups = rejects.partition_by("method", "reason", as_dict=True)
-    for (method, reason), group in sorted(groups.items(), key=lambda item: (-item[1].height, item[0])):
-        few = sample(group.lazy(), max(1, limit // len(groups)), seed)
-        body += [f"<h2>Left: {_text(reason)} ({_text(method)}, {group.height:,})</h2>", _sheet(reader, few.iter_rows(named=True))]
-    return _write(out, f"Pairs of {dataset.root.name}", body)
+    ordered = sorted(groups.items(), key=lambda item: (-item[1].height, item[0]))
+    few = [(names, group.height, sample(group.lazy(), max(1, limit // len(groups)), seed)) for names, group in ordered]
+    sheet = _Sheet.of(dataset, [chosen, *(part for _, _, part in few)], evidence)
+    kept = (
+        f"<section class='side kept'><h2>Kept ({chosen.height:,} of {len(dataset):,} shown)</h2>{sheet.figures(chosen, 'kept')}</section>"
+    )
+    left = "".join(
+        f"<div class='group'><h3>Left: {text(reason)} ({text(method)}, {count:,})</h3>{sheet.figures(part, 'left')}</div>"
+        for (method, reason), count, part in few
+    )
+    gone = f"<section class='side left'><h2>Left ({rejects.height:,})</h2>{left}</section>" if few else ""
+    rows = [((entry.method, entry.reason), entry.count, "") for entry in sorted(ledger.left, key=lambda entry: -entry.count)]
+    counts = page.bars(("method", "reason"), [(("", "kept"), ledger.kept, "kept"), *rows]) if rows else ""
+    body = [
+        f"<p class='note'>{len(dataset):,} pairs of {ledger.pairs_in:,}; phase {text(dataset.manifest.phase.phase)}; {digest.short(dataset.digest)}</p>",
+        counts,
+        page.tools(("kept", "left") if few else (), scores=bool(few)),
+        f"<div class='sides' style='--sides:{2 if few else 1}'>{kept}{gone}</div>",
+    ]
+    return page.write(out, f"Pairs of {dataset.root.name}", body)
 
 
-def difference_page(a: PairDataset, b: PairDataset, out: Path, limit: int = 200, seed: int = 0) -> Path:
-    """Writes a page of who left, arrived or changed between two datasets, at most `limit` of each; gives its path."""
-    changes = algebra.diff(a, b)
-    body = [f"<p>From {_text(a.root)} ({len(a):,} pairs) to {_text(b.root)} ({len(b):,} pairs).</p>"]
+def difference_page(
+    a: PairDataset,
+    b: PairDataset,
+    out: Path,
+    limit: int = 200,
+    seed: int = 0,
+    evidence: Evidence | None = None,
+    between: Sequence[PairDataset] = (),
+) -> Path:
+    """Writes a page of who left, arrived or changed between two datasets, at most `limit` of each; gives its path.
+
+    Why a pair left is known from `b`, and from the datasets `between` the two where they are given.
+    """
+    changes = algebra.diff(a, b, between)
+    sides, counts = [], []
+    before = a.scan().select("key", "captions").rename({"captions": "captions_before"})
     for change, dataset in (("left", a), ("arrived", b), ("changed", b)):
         some = changes.filter(pl.col("change") == change)
+        counts.append(((change, ""), some.height, "kept" if change == "arrived" else ""))
+        reasons = some.drop_nulls("reason").group_by("method", "reason").len().sort("len", "reason", descending=[True, False])
+        counts += [((f"{change}: {reason}", method), count, "") for method, reason, count in reasons.iter_rows()]
+        if some.is_empty():
+            continue
         few = sample(some.lazy(), limit, seed).join(dataset.scan().select("key", "image", "captions").collect(), on="key", how="left")
-        body += [f"<h2>{change.capitalize()}: {some.height:,}</h2>", _sheet(dataset.reader(), few.iter_rows(named=True))]
-    return _write(out, f"{a.root.name} → {b.root.name}", body)
+        if change == "changed":
+            few = few.join(before.filter(pl.col("key").is_in(few["key"].implode())).collect(), on="key", how="left")
+        shown = _Sheet.of(dataset, [few], evidence).figures(few, change)
+        sides.append(
+            f"<section class='side {change}'><h2>{change.capitalize()}: {some.height:,}</h2><div class='group'>{shown}</div></section>"
+        )
+    nothing = "<p class='empty'>Nothing differs.</p>"
+    body = [
+        f"<p class='note'>From {text(a.root)} ({len(a):,} pairs) to {text(b.root)} ({len(b):,} pairs).</p>",
+        page.bars(("change", "method"), counts),
+        page.tools([change for change in algebra.CHANGES if change in set(changes["change"])], scores=bool(changes["score"].count())),
+        f"<div class='sides' style='--sides:{max(1, len(sides))}'>{''.join(sides) or nothing}</div>",
+    ]
+    return page.write(out, f"{a.root.name} → {b.root.name}", body)
 
 
 def sample(rows: pl.LazyFrame, limit: int, seed: int) -> pl.DataFrame:
@@ -75,46 +105,107 @@ def sample(rows: pl.LazyFrame, limit: int, seed: int) -> pl.DataFrame:
     return rows.with_row_index("_row").filter(pl.col("_row").is_in(drawn.tolist())).drop("_row").collect()
 
 
-def _sheet(reader: ShardReader, rows: Iterable[Mapping[str, Any]]) -> str:
-    return f"<div class='sheet'>{''.join(_figure(reader, row) for row in rows)}</div>"
+class _Sheet:
+    """Makes figures of rows: their picture, captions, columns, evidence, and the picture of their twin."""
+
+    def __init__(self, reader: ShardReader, twins: Mapping[str, Mapping[str, Any]], evidence: Mapping[str, Sequence[str]]) -> None:
+        self.reader, self.twins, self.evidence = reader, twins, evidence
+
+    @classmethod
+    def of(cls, dataset: PairDataset, parts: Sequence[pl.DataFrame], evidence: Evidence | None) -> _Sheet:
+        """A sheet that knows the twins of all rows, wherever they are now, and their evidence."""
+        twins = (
+            pl.concat([part["twin"] for part in parts if "twin" in part.columns] or [pl.Series("twin", [], pl.String)])
+            .drop_nulls()
+            .unique()
+        )
+        wanted = pl.col("key").is_in(twins.implode())
+        kept = dataset.scan().filter(wanted).select("key", "image", "captions").collect()
+        left = dataset.rejects().filter(wanted).select("key", "image", "captions")
+        rows = {row["key"]: row for frame in (left, kept) for row in frame.iter_rows(named=True)} if len(twins) else {}
+        shown = pl.concat([part.select("key", "captions") for part in parts]) if parts else pl.DataFrame()
+        return cls(dataset.reader(), rows, evidence(shown) if evidence and shown.height else {})
+
+    def figures(self, rows: pl.DataFrame, state: str) -> str:
+        """The rows as one sheet."""
+        wide = " wide" if "twin" in rows.columns and rows["twin"].is_not_null().any() else ""
+        return f"<div class='sheet{wide}'>{''.join(self._figure(row, state) for row in rows.iter_rows(named=True))}</div>"
+
+    def _figure(self, row: Mapping[str, Any], state: str) -> str:
+        marks = {
+            "state": state,
+            "reason": row.get("reason"),
+            "method": row.get("method"),
+            "source": row.get("meta.source"),
+            "score": row.get("score"),
+        }
+        data = " ".join(f"data-{name}='{text(value)}'" for name, value in marks.items() if value is not None)
+        figures, names = _columns(row)
+        chips = [*_scores(row), *_chips(figures)]
+        chips += [f"<span class='evidence'>{text(found)}</span>" for found in self.evidence.get(str(row["key"]), ())]
+        extra = f"<div class='chips'>{''.join(chips)}</div>" if chips else ""
+        extra += (
+            f"<details><summary>{len(names)} more columns</summary><div class='chips'>{''.join(_chips(names))}</div></details>"
+            if names
+            else ""
+        )
+        captions = _captions(row.get("captions") or (), row.get("captions_before"))
+        return (
+            f"<figure {data}>{self._pictures(row)}<figcaption>{captions}{extra}<p class='key'>{text(row['key'])}</p></figcaption></figure>"
+        )
+
+    def _pictures(self, row: Mapping[str, Any]) -> str:
+        own = page.picture(self.reader, row.get("image"))
+        if row.get("twin") is None:
+            return own
+        twin = self.twins.get(row["twin"])
+        other = page.picture(self.reader, twin["image"]) if twin else "<span class='none'>it left earlier</span>"
+        said = text(_first(twin["captions"]) if twin else "")
+        return (
+            f"<div class='two'><div>{own}<small>left</small></div><div>{other}<small>like {text(row['twin'])}<br>{said}</small></div></div>"
+        )
 
 
-def _figure(reader: ShardReader, row: Mapping[str, Any]) -> str:
-    captions = "".join(
-        f"<p><span class='source'>{_text(caption['source'])}</span> {_text(caption['text'])}</p>" for caption in row.get("captions") or ()
-    )
-    notes = [f"score {row['score']:.3f}" if row.get("score") is not None else "", ", ".join(row.get("columns") or ())]
-    notes += [str(row["reason"])] if row.get("reason") and "change" in row else []
-    extra = _text(" · ".join(filter(None, [str(row["key"]), *notes])))
-    return f"<figure>{_image(reader, row.get('image'))}<figcaption>{captions}<p class='key'>{extra}</p></figcaption></figure>"
+def _first(captions: Sequence[Mapping[str, Any]] | None) -> str:
+    return str(captions[0]["text"]) if captions else ""
 
 
-def _image(reader: ShardReader, image: Mapping[str, Any] | None) -> str:
-    if not image or image.get("shard") is None:
-        return "<span class='none'></span>"
-    try:
-        data = webp(reader.read(image["shard"], image["offset"], image["size"]), THUMBNAIL_PX)
-    except DiptychError as error:
-        return f"<span class='none'>{_text(error.headline)}</span>"
-    return f"<img alt='' src='data:image/webp;base64,{base64.b64encode(data).decode()}'>"
+def _scores(row: Mapping[str, Any]) -> Iterable[str]:
+    if row.get("score") is not None:
+        yield f"<span class='score'>score {row['score']:.3f}</span>"
+    if row.get("reason") is not None and "change" in row:
+        yield f"<span class='score'>{text(row['reason'])}</span>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{lines}</table>"
+def _chips(texts: Iterable[str]) -> list[str]:
+    return [f"<span>{text(chip)}</span>" for chip in texts]
 
 
-def _text(value: object) -> str:
-    text = str(value)
-    return html.escape(text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}… ({len(text):,} characters)")
+def _columns(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What methods measured of a pair (e.g. its CLIP score, the guidance scale of its picture), and what else its columns say."""
+    measured = [f"changed: {name}" for name in row.get("columns") or () if name not in HASHES | {"captions"}]
+    measured += [str(row[name]) for name in ("meta.source", "language") if row.get(name) is not None]
+    named = []
+    for name, value in row.items():
+        if name in HIDDEN | HASHES or name == "language" or not isinstance(value, str | int | float):
+            continue
+        short = name.removeprefix("meta.")
+        if isinstance(value, float):
+            measured.append(f"{short} {value:.3g}")
+        else:
+            named.append(f"{short} {value}")
+    return measured, named
 
 
-def _write(out: Path, title: str, body: Sequence[str]) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = files.partial_of(out)
-    try:
-        files.write_durably(partial, (_HEAD.format(title=_text(title)) + "\n".join(body) + "\n</body></html>\n").encode(errors="replace"))
-        partial.replace(out)
-    finally:
-        files.remove(partial)
-    return out
+def _captions(captions: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> str:
+    """The captions that came with the pair, then those made from them; of a changed pair also those that are gone."""
+    gone = [one for one in before or () if one not in captions] if before is not None else []
+    was = {one["text"] for one in before or ()}
+    lines = [_caption(one, "gone") for one in gone]
+    lines += [_caption(one, "" if one["source"] in ORIGINAL and (before is None or one["text"] in was) else "after") for one in captions]
+    return "".join(lines)
+
+
+def _caption(caption: Mapping[str, Any], kind: str) -> str:
+    score = f" <small>{caption['score']:.2f}</small>" if caption.get("score") is not None else ""
+    return f"<p class='{kind}'><span class='source'>{text(caption['source'])}</span> {text(caption['text'])}{score}</p>"

@@ -76,9 +76,9 @@ class PairDataset:
         return self.scan().select(columns if columns is not None else names).collect()
 
     def rejects(self) -> pl.DataFrame:
-        """The pairs that left in the phase that made this dataset: key, phase, method, reason, score, image, captions."""
+        """The pairs that left in the phase that made this dataset: key, phase, method, reason, score, image, captions, twin."""
         paths = [self.root / entry.name for entry in self.manifest.rejects]
-        return _read(paths).collect() if paths else pl.DataFrame(schema=REJECTS)
+        return with_twin(_read(paths).collect()) if paths else pl.DataFrame(schema=REJECTS)
 
     def reader(self) -> ShardReader:
         """A reader of the pictures; picklable."""
@@ -100,6 +100,11 @@ class PairDataset:
 
     def _files(self) -> Sequence[FileEntry]:
         return (*self.manifest.tables, *self.manifest.rejects)
+
+
+def with_twin(rejects: pl.DataFrame) -> pl.DataFrame:
+    """Rejects with the column `twin`, null where the table was written without it."""
+    return rejects if "twin" in rejects.columns else rejects.with_columns(twin=pl.lit(None, pl.String))
 
 
 def absolute_uri(uri: str, root: Path) -> str:

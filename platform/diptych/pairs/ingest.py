@@ -172,7 +172,7 @@ class _Packer:
         kept = pl.DataFrame(self.kept, schema=PAIRS, strict=True)
         names = sorted({name for extra in self.extras for name in extra})
         kept = kept.with_columns([_column(name, [extra.get(name) for extra in self.extras], part) for name in names])
-        rejected = pl.DataFrame(self.rejected, schema=REJECTS, strict=True)
+        rejected = pl.DataFrame([{"twin": None, **row} for row in self.rejected], schema=REJECTS, strict=True)
         return PartResult(kept, rejected, {**self.shards.done(), **self.placed}, self.removed)
 
     def _stored(self, key: str, raw: RawPair) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _first_come(writer: DatasetWriter, result: PartResult) -> tuple[pl.DataFrame
         return result.kept, result.rejected
     late = result.kept.filter(taken).select("key", "image", "captions")
     late = late.with_columns(
-        phase=pl.lit(METHOD), method=pl.lit(METHOD), reason=pl.lit("duplicate key"), score=pl.lit(None, pl.Float32)
+        phase=pl.lit(METHOD), method=pl.lit(METHOD), reason=pl.lit("duplicate key"), score=pl.lit(None, pl.Float32), twin=pl.col("key")
     ).select(list(REJECTS))
     return result.kept.filter(~taken), pl.concat([result.rejected, late])
 

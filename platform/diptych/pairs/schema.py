@@ -9,7 +9,8 @@ CAPTIONS = pl.List(pl.Struct({"text": pl.String, "source": pl.String, "score": p
 
 PAIRS: dict[str, pl.DataType | type[pl.DataType]] = {"key": pl.String, "image": IMAGE, "captions": CAPTIONS, "split": pl.String}
 """The columns that every pair table has, in this order; methods add more under documented names:
-`label` (int), `label_name` (str), `language` (str), `weight` (float), `regions`, `feature.<model>`, `meta.<name>`."""
+`label` (int), `label_name` (str), `language` (str), `weight` (float), `regions`, `feature.<model>`, `meta.<name>` (of which `meta.source`
+names the source of a pool of several)."""
 
 REJECTS: dict[str, pl.DataType | type[pl.DataType]] = {
     "key": pl.String,
@@ -19,8 +20,9 @@ REJECTS: dict[str, pl.DataType | type[pl.DataType]] = {
     "score": pl.Float32,
     "image": IMAGE,
     "captions": CAPTIONS,
+    "twin": pl.String,
 }
-"""A pair that left: which method, why, with what score, and where its picture lies (null if it never had one)."""
+"""A pair that left: which method, why, with what score, where its picture lies (null if it never had one), and, of a copy, whose (a key)."""
 
 CAPTION_SOURCES = ("alt", "human", "tag", "rewrite:", "synthetic:", "translation:")
 """Allowed beginnings of `captions.source`."""

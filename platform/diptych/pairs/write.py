@@ -15,7 +15,7 @@ import polars as pl
 from diptych.core import digest
 from diptych.core.errors import DataError
 from diptych.pairs import files
-from diptych.pairs.dataset import PairDataset, absolute_uri
+from diptych.pairs.dataset import PairDataset, absolute_uri, with_twin
 from diptych.pairs.keys import KeyIndex
 from diptych.pairs.manifest import NAME, FileEntry, Ledger, Left, Manifest, PhaseRecord, ShardEntry
 from diptych.pairs.ranges import is_remote
@@ -110,7 +110,7 @@ class DatasetWriter:
             self.keys.add(frame["key"])
             self.kept += frame.height
         if rejected is not None and rejected.height:
-            frame = conform(rejected, REJECTS, extras=False)
+            frame = conform(with_twin(rejected), REJECTS, extras=False)
             self._rejects.append(self._write(f"rejects-{len(self._rejects):05d}.parquet", frame))
             for method, reason, count in frame.group_by("method", "reason").len().iter_rows():
                 self.left[method, reason] += count

@@ -71,10 +71,14 @@ class SemanticDedup(PairMethod):
         features_ND = features_of(batch)
         score_N = np.zeros(batch.height, dtype=np.float32)
         rejected_N = np.zeros(batch.height, dtype=bool)
+        twin_N = np.zeros(batch.height, dtype=np.int64)
         for member_M in decision_order(batch, label_N, state.distance(features_ND, label_N), self.config.keep, self.seed):
-            score_N[member_M] = similarity_before(features_ND[torch.from_numpy(member_M)]).numpy()
-            rejected_N[member_M[1:]] = is_copy(score_N[member_M[1:]], self.config.epsilon)
-        return verdict(batch, rejected_N, REASON, score_N)
+            feature_MD = features_ND[torch.from_numpy(member_M)]
+            score_N[member_M] = similarity_before(feature_MD).numpy()
+            copy_M = np.append(False, is_copy(score_N[member_M[1:]], self.config.epsilon))
+            rejected_N[member_M] = copy_M
+            twin_N[member_M[copy_M]] = member_M[nearest_before(feature_MD, np.flatnonzero(copy_M))]
+        return verdict(batch, rejected_N, REASON, score_N, batch["key"].gather(twin_N))
 
     def report(self, state: Clusters) -> Mapping[str, Any]:
         """How many clusters were made of how many pairs."""
@@ -100,6 +104,22 @@ def similarity_before(features_MD: torch.Tensor, tile_rows: int = TILE_ROWS) -> 
             torch.maximum(largest_T, (row_TD @ column_TD.t()).amax(dim=0), out=largest_T)
         torch.maximum(largest_T, (column_TD @ column_TD.t()).triu(diagonal=1).amax(dim=0), out=largest_T)
     return largest_M
+
+
+def nearest_before(features_MD: torch.Tensor, rows_R: NDArray[np.int64], tile_rows: int = TILE_ROWS) -> NDArray[np.int64]:
+    """For some rows in decision order, none of them the first: the place of the nearest one before each, int64 `[R]`. In tiles."""
+    found = [np.empty(0, dtype=np.int64)]
+    for start in range(0, len(rows_R), tile_rows):
+        part_T = torch.from_numpy(rows_R[start : start + tile_rows])
+        best_T, place_T = torch.full((len(part_T),), -torch.inf), torch.zeros(len(part_T), dtype=torch.int64)
+        for first in range(0, int(part_T.max()), tile_rows):
+            similarity_TU = features_MD[part_T] @ features_MD[first : first + tile_rows].t()
+            place_U = torch.arange(first, first + similarity_TU.shape[1])
+            value_T, column_T = similarity_TU.masked_fill(place_U[None] >= part_T[:, None], -torch.inf).max(dim=1)
+            better_T = value_T > best_T
+            best_T[better_T], place_T[better_T] = value_T[better_T], place_U[column_T][better_T]
+        found.append(place_T.numpy())
+    return np.concatenate(found)
 
 
 def is_copy(similarity_M: NDArray[np.float32], epsilon: float) -> NDArray[np.bool_]:

@@ -46,13 +46,14 @@ def source_files(config: Config) -> str:
 
     DVC cannot know these files, so a changed one is found here.
     """
-    found = []
+    found: list[list[Any]] = []
     for name in ("path", "table"):
         value = getattr(config, name, None)
         for entry in (value,) if isinstance(value, str) else value or ():
             for path in local_files(str(entry)):
                 status = path.stat()
                 found.append([str(path), status.st_size, status.st_mtime_ns])
+    found += [[name, files] for name, member in getattr(config, "members", {}).items() if (files := source_files(member))]
     return digest.of_plain(found) if found else ""
 
 

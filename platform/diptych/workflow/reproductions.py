@@ -14,7 +14,7 @@ from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 from diptych.evaluate.intervals import Estimate
 from diptych.workflow import claim as claims
-from diptych.workflow import claim_page, identity
+from diptych.workflow import claim_page, identity, lines_page, results
 from diptych.workflow.project import Project
 
 EXPERIMENT = "diptych-claims"
@@ -37,9 +37,18 @@ def run(path: Path, project: Project, in_process: bool, tracking_uri: str | None
     with Session(in_process=in_process) as session:
         result = claims.run(path, project, session, Progress())
     _record(tracker, result, claim_page.write(result, project))
+    _draw_lines(project, result)
     if tracker.close() == 0:
         write(project, tracker)
     return result
+
+
+def _draw_lines(project: Project, result: claims.ClaimResult) -> None:
+    """The page of the claim's runs that compared data sources, `runs/claims/<claim>/lines.html`, where there are any."""
+    home = f"claims/{result.file.claim}"
+    runs = [run for name, run in results.evaluated(project).items() if name.startswith(f"{home}/") and lines_page.has_lines(run)]
+    if runs:
+        lines_page.write_runs(runs, project.runs / home / "lines.html", result.file.claim, result.file.about)
 
 
 def _record(tracker: tracking.Tracker, result: claims.ClaimResult, page: Path) -> None:

@@ -270,3 +270,22 @@ def test_wrong_targets_are_refused() -> None:
     assert (Config.parse({}).training, Config.parse({"pool": "target"}).training) == (1200, 600)
     again = Config.parse({"pool": "target", "train": 300})
     assert Config.parse(again.plain()) == again
+
+
+def test_parts_of_the_training_share_are_disjoint_and_whole() -> None:
+    parts = [[pair for pair in read("target", train=100, part=[k, 3], pool_rows=0, val_rows=0) if pair.split == "train"] for k in range(3)]
+    pictures = [{pair.extra["meta.picture"] for pair in part} for part in parts]
+    whole = {pair.extra["meta.picture"] for pair in read("target", train=100, pool_rows=0, val_rows=0) if pair.split == "train"}
+    assert [len(part) for part in parts] == [34, 33, 33]
+    assert pictures[0] | pictures[1] | pictures[2] == whole
+    assert len({pair.key for part in parts for pair in part}) == 100
+
+
+def test_a_share_of_the_training_pictures_is_shifted() -> None:
+    pairs = [
+        pair for pair in read("target", train=100, shift="pixel", sigma=0.0, shift_train=True, shift_share=0.6) if pair.split == "train"
+    ]
+    assert Counter("pixel-" in pair.key for pair in pairs) == {True: 60, False: 40}
+    for wrong in ({"shift_share": 0.5}, {"part": [2, 2]}, {"part": [-1, 2]}):
+        with pytest.raises(ConfigError):
+            Config.parse({"pool": "target", **wrong})

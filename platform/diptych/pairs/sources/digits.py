@@ -27,10 +27,10 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
 from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
+from diptych.pairs.sources.source_card import SourceCard
 from diptych.pairs.strokes import describe
 
 Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "sales", "target"]
@@ -106,6 +107,10 @@ class Config(BaseConfig):
     pool_rows: int = Field(500, ge=0, description="target: pictures of the split `pool`; none in a drift")
     val_rows: int = Field(150, ge=0, description="target: pictures of the split `val`; none in a drift")
     shift_train: bool = Field(False, description="target: shift the training pictures too (not by a drift)")
+    shift_share: float = Field(1.0, gt=0, le=1, description="target, with shift_train: share of the training pictures that are shifted")
+    part: tuple[int, int] = Field(
+        (0, 1), description="[k, n]: of the training share only the k-th of n parts, from 0: pools of other parts share no picture with it"
+    )
 
     @field_validator("size_px")
     @classmethod
@@ -127,6 +132,10 @@ class Config(BaseConfig):
             raise ValueError("shift, sigma and shift_train belong to the pool 'target'")
         if self.shift == "drift" and self.shift_train:
             raise ValueError("shift_train: a drift has no one shift that training pictures could have")
+        if not 0 <= self.part[0] < self.part[1]:
+            raise ValueError("part: [k, n] with k from 0 to n - 1")
+        if self.shift_share < 1 and not self.shift_train:
+            raise ValueError("shift_share belongs to shift_train")
         if self.pool == "target" and self.shift != "drift" and self.training + self.pool_rows + self.val_rows >= PICTURES:
             raise ValueError(f"train, pool_rows and val_rows leave none of the {PICTURES} pictures for the test")
         return self
@@ -191,7 +200,16 @@ class Digits(Source):
                 named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
                 if self.config.pool == "sales":
                     named["meta.visual"] = _visual(int(rows.picture_N[row]))
-                yield RawPair(f"digits-{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+                yield RawPair(f"digits-{self._named_part(split)}{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+
+    def report(self) -> Mapping[str, Any]:
+        """The card."""
+        about = "handwritten digits of 8 x 8 pixels (UCI optical recognition of handwritten digits) with texts that name them"
+        return SourceCard(about=about, licence="CC-BY-4.0", languages=("en",)).report("digits")
+
+    def _named_part(self, split: str) -> str:
+        k, n = self.config.part
+        return f"part-{k}-of-{n}-" if n > 1 and split == "train" else ""
 
     def _of_pool(self, split: str, rows: Rows, row: int) -> tuple[str, bytes, dict[str, int]]:
         picture = int(rows.picture_N[row])
@@ -219,7 +237,8 @@ class Digits(Source):
 
     @cached_property
     def _pool(self) -> Rows:
-        train_T = self._order[TEST : TEST + self.config.training]
+        k, n = self.config.part
+        train_T = np.array_split(self._order[TEST : TEST + self.config.training], n)[k]
         draw = chance.generator(self.config.seed, f"digits {self.config.pool}")
         match self.config.pool:
             case "zipf-junk":
@@ -244,11 +263,20 @@ class Digits(Source):
         pool_T, val_T, test_T = np.split(held_T, [pool, pool + val])
         draw = chance.generator(self.config.seed, "digits target texts")
         return {
-            "train": replace(self._pool, noisy_N=np.full(self.config.training, self.config.shift_train)),
+            "train": replace(self._pool, noisy_N=self._shifted_training),
             "pool": Rows(pool_T, _texts(pool_T, draw), np.ones(len(pool_T), dtype=bool)),
             "val": _plainly_named(val_T, shifted=True),
             "test": _plainly_named(test_T, shifted=True),
         }
+
+    @property
+    def _shifted_training(self) -> NDArray[np.bool_]:
+        """Which training pictures are shifted, `[N]`: the share is exact, to one picture."""
+        rows = len(self._pool.texts)
+        if not self.config.shift_train:
+            return np.zeros(rows, dtype=bool)
+        rank_N = chance.generator(self.config.seed, "digits shifted share").permutation(rows)
+        return np.asarray(rank_N < round(self.config.shift_share * rows))
 
     def _zipf_junk(self, train_T: _Int, draw: np.random.Generator) -> Rows:
         """Draws the class by rank, then one of its pictures; then hides texts."""

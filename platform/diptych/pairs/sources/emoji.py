@@ -6,7 +6,7 @@ Pictures and texts have several licences, which the data cards beside them name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
 from typing import Any, Literal, Self, get_args
@@ -18,6 +18,7 @@ from diptych.core.chance import key_hash, uniform
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import RawPair, Source
+from diptych.pairs.sources.source_card import SourceCard
 
 Vendor = Literal["noto", "openmoji", "fluent3d", "twemoji"]
 Language = Literal["en", "zh", "de", "fr", "es", "ja", "ru", "hi", "pt", "ko"]
@@ -80,6 +81,17 @@ class Emoji(Source):
             if image is not None:
                 key = f"{part}-{row['hexcode']}"
                 yield RawPair(key, image, self._captions(row), _extra(part, label, row), self._split(part, key))
+
+    def report(self) -> Mapping[str, Any]:
+        """The card: makers with their licences, and the languages of the names."""
+        makers = (*self.config.train, *self.config.test)
+        licences = dict.fromkeys(LICENCES[maker] for maker in makers)
+        return SourceCard(
+            about=f"drawings of 1,911 emoji by {', '.join(makers)}, with their names",
+            licence=", ".join([*licences, "names Unicode-3.0 and MIT"]),
+            languages=self.config.languages,
+            filters="skin tones; makers whose drawings may not be passed on",
+        ).report("emoji")
 
     def _split(self, part: str, key: str) -> str:
         if part not in self.config.train:
