@@ -45,6 +45,7 @@ TABLE: tuple[Row, ...] = (
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
     Row("adawac", "objective", "diptych.objectives.adawac:Config", "Objective", "AdaWAC (ICML 2023)", "each pair weighs its supervised loss against consistency of two views"),
+    Row("coca", "objective", "diptych.objectives.coca:Config", "Objective", "CoCa (TMLR 2022)", "caption and contrast: trains a captioner, with pictures hidden for guidance"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     # compress
@@ -56,6 +57,7 @@ TABLE: tuple[Row, ...] = (
     Row("zero-shot", "evaluate", "diptych.evaluate.zero_shot:Config", "Benchmark", "CLIP (2021)", "classify by class names in prompt templates"),
     Row("few-shot", "evaluate", "diptych.evaluate.few_shot:Config", "Benchmark", "", "adapters on stored features, by shots and draws"),
     Row("clip-score", "evaluate", "diptych.evaluate.clip_score:Config", "Benchmark", "CLIPScore (EMNLP 2021)", "how well captions fit their pictures, with and without references"),
+    Row("captioning", "evaluate", "diptych.evaluate.captioning:Config", "Benchmark", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "captions a split, with guidance: CLIPScore and recall beside CIDEr, BLEU, ROUGE-L"),
     Row("clip4dm", "evaluate", "diptych.evaluate.clip4dm:Config", "Benchmark", "Extract Free Dense Misalignment from CLIP (AAAI 2025)", "which words of a caption do not fit the picture, and F-CLIPScore"),
     Row("augclip", "evaluate", "diptych.evaluate.augclip:Config", "Benchmark", "AugCLIP (CVPR 2025)", "score edits by the cosine to an estimated ideal edit"),
     Row("holistic-robustness", "evaluate", "diptych.evaluate.holistic_robustness:Config", "Benchmark", "Toward a Holistic Evaluation of Robustness in CLIP Models (TPAMI 2025)", "factors, calibration, out-of-distribution and cue conflict in one suite"),

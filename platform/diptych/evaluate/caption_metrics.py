@@ -75,11 +75,17 @@ def bleu_counts(captions: Sequence[Words], references: Sequence[Sequence[Words]]
 
 def bleu(counts: BleuCounts) -> Floats:
     """BLEU-1 to BLEU-G of a whole set `[G]`, in [0, 1]: geometric means of the precisions, times the brevity penalty."""
-    precision_G = (counts.matched_NG.sum(axis=0) + TINY) / (counts.said_NG.sum(axis=0) + SMALL)
-    orders_G = np.arange(1, len(precision_G) + 1)
-    ratio = (counts.length_N.sum() + TINY) / (counts.reference_N.sum() + SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    return np.asarray(np.exp(np.log(precision_G).cumsum() / orders_G) * brevity)
+    return bleu_of_sums(np.column_stack(counts).sum(axis=0)[None])[0]
+
+
+def bleu_of_sums(sum_RK: Floats) -> Floats:
+    """BLEU-1 to BLEU-G `[R, G]` of counts that are added up: the K = 2 G + 2 columns are those of `BleuCounts`, in its order."""
+    orders = sum_RK.shape[1] // 2 - 1
+    matched_RG, said_RG, length_R, reference_R = np.split(sum_RK, [orders, 2 * orders, 2 * orders + 1], axis=1)
+    precision_RG = (matched_RG + TINY) / (said_RG + SMALL)
+    ratio_R1 = (length_R + TINY) / (reference_R + SMALL)
+    brevity_R1 = np.exp(np.minimum(0.0, 1 - 1 / ratio_R1))
+    return np.asarray(np.exp(np.log(precision_RG).cumsum(axis=1) / np.arange(1, orders + 1)) * brevity_R1)
 
 
 # ---------------------------------------------------------------- ROUGE-L
@@ -158,9 +164,7 @@ def _likeness(own: _Vector, other: _Vector, sigma: float) -> float:
 # ---------------------------------------------------------------- METEOR, exact stage
 
 
-def meteor_exact(
-    words: Words, references: Sequence[Words], alpha: float = 0.9, beta: float = 3.0, gamma: float = 0.5
-) -> float:
+def meteor_exact(words: Words, references: Sequence[Words], alpha: float = 0.9, beta: float = 3.0, gamma: float = 0.5) -> float:
     """METEOR of a caption in [0, 1] by equal words alone, against its best reference: no stems, no synonyms, no paraphrases.
 
     A weighted harmonic mean of precision and recall, less for matches that are scattered over many chunks. Words are matched from

@@ -1,6 +1,7 @@
 """The directory of a model: open_clip's files, the masks of a compressed model, and where it came from.
 
-- `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens;
+- `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens; under the key `captioner`, which
+  open_clip passes over, what the decoder of a captioner looks at, where that is not the usual;
 - `masks.safetensors`: only if the model has masks (buffers named `<parameter>_mask`), which open_clip knows nothing of;
 - `lineage.json`: what the writer says about its origin.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.errors import DataError, DiptychError
+from diptych.models.architectures import CAPTIONER
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,8 @@ def save(model: DualEncoder, directory: Path, lineage: Mapping[str, Any]) -> Non
         save_file(state, partial / WEIGHTS)
         if masks:
             save_file(masks, partial / MASKS)
-        _write(partial / CONFIG, {"model_cfg": model.config, "preprocess_cfg": model.preprocess_cfg})
+        more = {CAPTIONER: model.captioner} if model.captioner else {}
+        _write(partial / CONFIG, {"model_cfg": model.config, "preprocess_cfg": model.preprocess_cfg, **more})
         _write(partial / LINEAGE, lineage)
         _replace(partial, directory)
     finally:
@@ -54,7 +57,7 @@ def load(directory: Path) -> DualEncoder:
     from diptych.models import clip
 
     config = read_config(directory)
-    encoder = clip.build(config["model_cfg"], config.get("preprocess_cfg"))
+    encoder = clip.build(config["model_cfg"], config.get("preprocess_cfg"), config.get(CAPTIONER))
     weights = next((directory / name for name in (WEIGHTS, *FOREIGN_WEIGHTS) if (directory / name).is_file()), None)
     if weights is None:
         raise _missing(directory / WEIGHTS)

@@ -72,7 +72,9 @@ def _targets(vectors: Vectors) -> dict[str, np.ndarray]:
 
 
 def _rewards(vectors: Vectors) -> dict[str, np.ndarray]:
-    image_ND, target_ND, sample_MD, greedy_ND = (_tensor(vectors, f"rw_{name}") for name in ("image", "target", "sample_text", "greedy_text"))
+    image_ND, target_ND, sample_MD, greedy_ND = (
+        _tensor(vectors, f"rw_{name}") for name in ("image", "target", "sample_text", "greedy_text")
+    )
     count, samples = len(image_ND), len(sample_MD) // len(image_ND)
     scale, cos, clip = (float(vectors[f"rw_{name}"]) for name in ("logit_scale", "cos_weight", "clip_weight"))
     of_sample = clip_reward(
@@ -106,9 +108,7 @@ def _decodes(vectors: Vectors) -> dict[str, np.ndarray]:
     greedy = decode(lambda token_NL: logits_LNV[token_NL.shape[1] - 1], logits_LNV.shape[1], vocabulary, length, force_end=True)
     token_NL = greedy.token_NL[:, 1:].numpy()
     token_NL = np.pad(token_NL, ((0, 0), (0, length - token_NL.shape[1])), constant_values=vocabulary.pad)
-    logprob_NLV = filtered(
-        logits_LNV.transpose(0, 1), float(vectors["dec_sample_temperature"]), int(vectors["dec_sample_top_k"])
-    )
+    logprob_NLV = filtered(logits_LNV.transpose(0, 1), float(vectors["dec_sample_temperature"]), int(vectors["dec_sample_top_k"]))
     _check_samples(logprob_NLV, torch.tensor(vectors["dec_sample_tokens"]), _tensor(vectors, "dec_sample_logprob"), vocabulary.eos)
     return {"dec_greedy_tokens": token_NL, "dec_greedy_logprob": greedy.logprob_N.numpy()}
 

@@ -8,6 +8,8 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
   a third of the texts replaced by camera file names that name nothing: what a crawl looks like (MetaCLIP);
 - `dense-classes`: three digits twelve times over with a little noise, the others once: concepts of unequal density (Density-Based Pruning);
 - `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP);
+- `vague`: texts that mostly say "a handwritten digit" and in a fifth of the cases which; five such texts a test picture (guided captioning);
+- `unpaired`: pictures that `plain` with as many never trains on, each with a text that names any digit at all (CgT-GAN);
 - `target`: clean pictures to train on, and all other digits shifted: a domain to adapt to (GDA, NoLA, AdaNPC, model patching). Which digit
   is in which split is the seed's and the same for every shift, so a model of one dataset never saw the test pictures of another. The
   training pictures and texts are those of `plain` with as many of them.
@@ -38,9 +40,10 @@ from pydantic import Field, field_validator, model_validator
 from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
+from diptych.pairs.sources import digits_texts
 from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
 
-Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "target"]
+Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "vague", "unpaired", "target"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "septet", "octet", "nonet")
@@ -71,7 +74,7 @@ class Config(BaseConfig):
         None,
         ge=10,
         le=PICTURES - TEST,
-        description="pictures of the training share; never one of the test split; null: 1,200, of the target 600",
+        description="pictures of the training share; never one of the test split; null: 1,200, of the target and unpaired 600",
     )
     size_px: int = Field(16, ge=SIDE_PX, le=256, description="side of the picture in pixels, a multiple of 8: every pixel becomes a square")
     rows: int = Field(12_000, ge=10, le=1_000_000, description="zipf-junk: pairs of the pool")
@@ -120,6 +123,10 @@ class Config(BaseConfig):
             raise ValueError("shift, sigma and shift_train belong to the pool 'target'")
         if self.shift == "drift" and self.shift_train:
             raise ValueError("shift_train: a drift has no one shift that training pictures could have")
+        if self.pool == "unpaired" and 2 * self.training > PICTURES - TEST:
+            raise ValueError(
+                f"train: two disjoint shares of the {PICTURES - TEST} pictures outside the test have at most half of them each"
+            )
         if self.pool == "target" and self.shift != "drift" and self.training + self.pool_rows + self.val_rows >= PICTURES:
             raise ValueError(f"train, pool_rows and val_rows leave none of the {PICTURES} pictures for the test")
         return self
@@ -127,7 +134,7 @@ class Config(BaseConfig):
     @property
     def training(self) -> int:
         """Pictures of the training share."""
-        return self.train or (TARGET_TRAIN if self.pool == "target" else PICTURES - TEST)
+        return self.train or (TARGET_TRAIN if self.pool in ("target", "unpaired") else PICTURES - TEST)
 
     @property
     def corruption(self) -> Corruption:
@@ -147,11 +154,17 @@ class Rows:
         picture_N: int64 `[N]`, which of the 1,797.
         texts: N texts.
         noisy_N: bool `[N]`, the rows whose picture gets noise, or is shifted.
+        more: further texts of each row; empty: none.
     """
 
     picture_N: _Int
     texts: Sequence[str]
     noisy_N: NDArray[np.bool_]
+    more: Sequence[Sequence[str]] = ()
+
+    def captions(self, row: int) -> list[tuple[object, str]]:
+        """The texts of a row with their source."""
+        return [(text, "alt") for text in (self.texts[row], *(self.more[row] if self.more else ()))]
 
 
 class Digits(Source):
@@ -182,7 +195,7 @@ class Digits(Source):
             if label in self.config.classes:
                 key, image, extra = (self._of_target if target else self._of_pool)(split, rows, row)
                 named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
-                yield RawPair(f"digits-{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+                yield RawPair(f"digits-{key}", image, rows.captions(row), {**named, **extra}, split)
 
     def _of_pool(self, split: str, rows: Rows, row: int) -> tuple[str, bytes, dict[str, int]]:
         picture = int(rows.picture_N[row])
@@ -206,7 +219,12 @@ class Digits(Source):
 
     @cached_property
     def _test(self) -> Rows:
-        return _plainly_named(np.sort(self._order[:TEST]), shifted=False)
+        rows = _plainly_named(np.sort(self._order[:TEST]), shifted=False)
+        if self.config.pool != "vague":
+            return rows
+        draw = chance.generator(self.config.seed, "digits vague test")
+        texts = digits_texts.vague(load()[1][rows.picture_N], WORDS, draw, digits_texts.REFERENCES)
+        return replace(rows, texts=[said[0] for said in texts], more=[said[1:] for said in texts])
 
     @cached_property
     def _pool(self) -> Rows:
@@ -221,6 +239,13 @@ class Digits(Source):
                 numbers = draw.permutation(len(train_T)).tolist()
                 texts = [f"photo {WORDS[label]} stock id{number}" for label, number in zip(load()[1][train_T], numbers, strict=True)]
                 return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
+            case "vague":
+                texts = [said for (said,) in digits_texts.vague(load()[1][train_T], WORDS, draw)]
+                return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
+            case "unpaired":
+                other_T = self._order[TEST + self.config.training : TEST + 2 * self.config.training]
+                texts = digits_texts.unpaired(len(other_T), WORDS, TEXTS, draw)
+                return Rows(other_T, texts, np.zeros(len(other_T), dtype=bool))
             case "plain" | "target":
                 draw = chance.generator(self.config.seed, "digits plain")
                 return Rows(train_T, _texts(train_T, draw), np.zeros(len(train_T), dtype=bool))
