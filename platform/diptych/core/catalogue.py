@@ -41,6 +41,7 @@ TABLE: tuple[Row, ...] = (
     Row("random-subset", "prune", "diptych.prune.random_subset:Config", "PairMethod", "", "keep a share or a number of pairs, drawn by key: the baseline of pruning"),
     # caption
     Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
+    Row("cfg-captioning", "caption", "diptych.caption.cfg_captioning:Config", "PairMethod", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "caption pictures, the more specifically the larger the guidance"),
     # train
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),

@@ -172,9 +172,9 @@ def said_tokens(coca: Any) -> Tensor:
 def keep_only(model: DualEncoder, token_V: Tensor) -> None:
     """Rules out all tokens but these for good: the other columns of the head become zero, and nothing that trains on `token_V` moves them."""
     head: Any = model.clip.text_decoder.text_projection
-    ruled_out = torch.ones(head.shape[1], dtype=torch.bool, device=head.device)
-    ruled_out[token_V] = False
-    head[:, ruled_out] = 0.0
+    kept_V = torch.zeros(head.shape[1], dtype=head.dtype, device=head.device)
+    kept_V[token_V] = 1.0
+    head.mul_(kept_V)
 
 
 def tokens_of(texts: Sequence[str], tokenizer: Any) -> Tensor:
