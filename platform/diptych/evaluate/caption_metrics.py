@@ -75,7 +75,7 @@ def bleu_counts(captions: Sequence[Words], references: Sequence[Sequence[Words]]
 
 def bleu(counts: BleuCounts) -> Floats:
     """BLEU-1 to BLEU-G of a whole set `[G]`, in [0, 1]: geometric means of the precisions, times the brevity penalty."""
-    return bleu_of_sums(np.column_stack(counts).sum(axis=0)[None])[0]
+    return np.asarray(bleu_of_sums(np.column_stack(counts).sum(axis=0)[None])[0])
 
 
 def bleu_of_sums(sum_RK: Floats) -> Floats:
@@ -186,4 +186,4 @@ def _meteor(words: Words, reference: Words, alpha: float, beta: float, gamma: fl
     chunks = 1 + sum(after != (before[0] + 1, before[1] + 1) for before, after in pairwise(matches))
     precision, recall = len(matches) / len(words), len(matches) / len(reference)
     mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
-    return (1 - gamma * (chunks / len(matches)) ** beta) * mean
+    return mean * float(1 - gamma * (chunks / len(matches)) ** beta)

@@ -165,7 +165,8 @@ class Captioner:
 
 def said_tokens(coca: Any) -> Tensor:
     """The ids of the tokens whose column of the head is not zero, int64 `[V]`, rising."""
-    return (coca.text_decoder.text_projection.detach() != 0).any(dim=0).nonzero()[:, 0]
+    head: Tensor = coca.text_decoder.text_projection
+    return (head.detach() != 0).any(dim=0).nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -180,7 +181,8 @@ def keep_only(model: DualEncoder, token_V: Tensor) -> None:
 def tokens_of(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """The ids that texts are made of, int64 `[V]`, rising, with the start and the end token and without padding."""
     text_NL = torch.from_numpy(tokenizer.encode_cut(list(texts)))
-    return torch.unique(torch.cat([text_NL[in_caption(text_NL)], torch.tensor([SOT, EOT])]))
+    token_V: Tensor = torch.unique(torch.cat([text_NL[in_caption(text_NL)], torch.tensor([SOT, EOT])]))  # type: ignore[no-untyped-call]
+    return token_V
 
 
 def in_caption(text_NL: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ class CgtGan(nn.Module):
 
     @torch.no_grad()
     def _read_corpus(self, captioner: Captioner, text_TL: Tensor) -> None:
-        feature_TD = torch.cat([captioner.read(text_NL)[0] for text_NL in text_TL.split(CORPUS_BATCH)])
-        place_TL = torch.searchsorted(captioner.token_V, text_TL).masked_fill(~in_caption(text_TL), captioner.vocabulary.eos)
+        feature_TD = torch.cat([captioner.read(text_NL)[0] for text_NL in torch.split(text_TL, CORPUS_BATCH)])
+        place_TL = torch.searchsorted(captioner.token_V, text_TL.contiguous()).masked_fill(~in_caption(text_TL), captioner.vocabulary.eos)
         self.register_buffer("corpus_TL", place_TL, persistent=False)
         self.register_buffer("corpus_TD", feature_TD, persistent=False)
 
@@ -117,11 +117,11 @@ class CgtGan(nn.Module):
             scale = float(encoded.logit_scale)
             clip_M, clip_N = (self._clip_reward(captioner, place_ML, image_ND, target_ND, scale) for place_ML in (sample_ML, greedy_NL))
             critic_M, critic_N = (self._score(place_ML, captioner) for place_ML in (sample_ML, greedy_NL))
-        losses = [
+        of_clip, of_critic = (
             policy_loss(logprob_NS, advantage(reward_M.view(-1, samples), reward_N if config.baseline == "greedy" else None))
             for reward_M, reward_N in ((clip_M, clip_N), (critic_M, critic_N))
-        ]
-        generator = combined(*losses, weight)
+        )
+        generator = combined(of_clip, of_critic, weight)
         real_ML = self.corpus_TL[self._drawn(row_N, samples, encoded.step)]
         discriminator = discriminator_loss(self._score(real_ML, captioner), self._score(sample_ML, captioner))
         figures = {"generator": generator, "discriminator": discriminator, "reward_clip": clip_M.mean(), "reward_critic": critic_M.mean()}

@@ -27,7 +27,7 @@ KINDS = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "imag
 class VisionEndpointConfig(EndpointConfig):
     """A server, the vision-language model on it, what to ask, and how patient to be."""
 
-    api: Literal["chat"] = Field("chat", description="pictures can only be asked about in a chat")  # type: ignore[assignment]
+    api: Literal["chat"] = Field("chat", description="pictures can only be asked about in a chat")
     temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature")
     prompt: str = Field(PROMPT, min_length=1, max_length=4000, description="what is asked of every picture")
 
