@@ -110,15 +110,21 @@ class CgtGan(nn.Module):
         with torch.no_grad():
             image_ND, seen_NSW = captioner.see(encoded.batch["image_NCHW"])
             target_ND = aggregate(image_ND, self.corpus_TD, config.sharpness).to(image_ND.dtype)
-            sample_ML, greedy_NL = self._sampled(captioner, seen_NSW, row_N, encoded.step), self._greedy(captioner, seen_NSW)
+            sample_ML = self._sampled(captioner, seen_NSW, row_N, encoded.step)
+            baseline_NL = self._greedy(captioner, seen_NSW) if config.baseline == "greedy" else None
         logprob_NS = self._logprob(captioner, seen_NSW.repeat_interleave(samples, dim=0), sample_ML).view(-1, samples)
         weight = clip_weight(encoded.step, config.wait, config.ramp, config.weight)
         with torch.no_grad():
             scale = float(encoded.logit_scale)
-            clip_M, clip_N = (self._clip_reward(captioner, place_ML, image_ND, target_ND, scale) for place_ML in (sample_ML, greedy_NL))
-            critic_M, critic_N = (self._score(place_ML, captioner) for place_ML in (sample_ML, greedy_NL))
+            clip_M, critic_M = self._clip_reward(captioner, sample_ML, image_ND, target_ND, scale), self._score(sample_ML, captioner)
+            clip_N = critic_N = None
+            if baseline_NL is not None:
+                clip_N, critic_N = (
+                    self._clip_reward(captioner, baseline_NL, image_ND, target_ND, scale),
+                    self._score(baseline_NL, captioner),
+                )
         of_clip, of_critic = (
-            policy_loss(logprob_NS, advantage(reward_M.view(-1, samples), reward_N if config.baseline == "greedy" else None))
+            policy_loss(logprob_NS, advantage(reward_M.view(-1, samples), reward_N))
             for reward_M, reward_N in ((clip_M, clip_N), (critic_M, critic_N))
         )
         generator = combined(of_clip, of_critic, weight)
