@@ -181,7 +181,7 @@ def keep_only(model: DualEncoder, token_V: Tensor) -> None:
 def tokens_of(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """The ids that texts are made of, int64 `[V]`, rising, with the start and the end token and without padding."""
     text_NL = torch.from_numpy(tokenizer.encode_cut(list(texts)))
-    token_V: Tensor = torch.unique(torch.cat([text_NL[in_caption(text_NL)], torch.tensor([SOT, EOT])]))  # type: ignore[no-untyped-call]
+    token_V: Tensor = torch.unique(torch.cat([text_NL[in_caption(text_NL)], torch.tensor([SOT, EOT])]))
     return token_V
 
 
