@@ -130,7 +130,7 @@ def test_the_frontier_of_guided_captioning_is_a_sweep() -> None:
     evaluate = {"benchmarks": [{"method": "captioning"}], "sweep": sweep}
     train = {**WORKFLOW["train"], "model": "coca-digits-16", "objective": {"method": "coca", "drop": 0.5}}
     assert check(train=train, evaluate=evaluate).sweep is not None
-    with pytest.raises(ConfigError, match="evaluate.sweep.space.evaluate.benchmarks.captioning.guidanc"):
+    with pytest.raises(ConfigError, match=r"evaluate\.sweep\.space\.evaluate\.benchmarks\.captioning\.guidanc"):
         check(train=train, evaluate={**evaluate, "sweep": {**sweep, "space": {"evaluate.benchmarks.captioning.guidanc": [1.0]}}})
 
 
