@@ -15,7 +15,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "ingest": ("core", "pairs"),
     "curate": ("core", "pairs", "curate"),
     "prune": ("core", "pairs", "prune"),
-    "caption": ("core", "pairs", "caption"),
+    "caption": ("core", "pairs", "models", "caption"),
     "train": ("core", "pairs", "models", "objectives", "optimizers", "train"),
     "compress": ("core", "pairs", "models", "compress", "adapt"),
     "evaluate": ("core", "pairs", "models", "evaluate", "adapt"),
