@@ -217,3 +217,34 @@ def test_text_features_are_of_the_first_caption(pairs: PairDataset, tmp_path: Pa
     text_D = encode_texts(encoder, [row["captions"][0]["text"]])[0]
     image_D = compute(FeatureSpec(name="digits-16", seed=3), kept.head(1), result.reader())[0]
     assert row["meta.clip_score"] == pytest.approx(float(text_D @ image_D), abs=1e-5)
+
+
+def test_a_captioner_sees_the_pictures_and_says_the_same_in_any_batch(tmp_path: Path) -> None:
+    from diptych.models import clip
+    from diptych.models.captioner import keep_only, tokens_of
+
+    source = config({"method": "digits", "train": 40})
+    digits = ingest_all(source.build(), tmp_path / "ingest", version="0")  # type: ignore[attr-defined]
+    model = clip.create("coca-digits-16", 0)
+    keep_only(model, tokens_of(["the digit seven", "a dog"], model.tokenizer))
+    clip.save(model, tmp_path / "model", {})
+    values = {"method": "cfg-captioning", "model": str(tmp_path / "model"), "guidance": 2.0}
+    results = [
+        go(
+            digits,
+            tmp_path / f"b{size}" / "out",
+            here(),
+            [config({**values, "checkpoint": {"batch_size": size, "max_length": 4}})],
+            "caption",
+        )
+        for size in (7, 64)
+    ]
+    first, second = (result.read(["key", "captions", "split", "meta.captioning_dropped"]) for result in results)
+    assert first.equals(second)
+    train = first.filter(pl.col("split") == "train")
+    texts = train.filter(pl.col("meta.captioning_dropped").is_null())["captions"].list.last().struct.unnest()
+    assert train.height == 40
+    assert texts.height > 30
+    assert set(texts["source"]) == {"synthetic:cfg-captioning"}
+    assert texts["text"].n_unique() > 3
+    assert set(first.filter(pl.col("split") == "test")["captions"].list.len()) == {1}, "what a model is measured on is never captioned"

@@ -159,3 +159,27 @@ def test_an_adapter_needs_a_start_and_no_averaged_weights() -> None:
     with pytest.raises(ConfigError, match="projections: false"):
         check(train={**WORKFLOW["train"], "init": "models/a", "optimizer": {"method": "adalora", "adapter": "peft"}})
     check(train={**WORKFLOW["train"], "init": "models/a", "optimizer": optimizer})
+
+
+def test_the_frontier_of_guided_captioning_is_a_sweep() -> None:
+    sweep = {
+        "space": {"evaluate.benchmarks.captioning.guidance": [1.0, 1.5, 2.0, 3.0]},
+        "metric": "small/captioning/cider",
+        "pareto": {"small/captioning/clip_score": "max", "small/captioning/cider": "max"},
+    }
+    evaluate = {"benchmarks": [{"method": "captioning"}], "sweep": sweep}
+    train = {**WORKFLOW["train"], "model": "coca-digits-16", "objective": {"method": "coca", "drop": 0.5}}
+    assert check(train=train, evaluate=evaluate).sweep is not None
+    with pytest.raises(ConfigError, match=r"evaluate\.sweep\.space\.evaluate\.benchmarks\.captioning\.guidanc"):
+        check(train=train, evaluate={**evaluate, "sweep": {**sweep, "space": {"evaluate.benchmarks.captioning.guidanc": [1.0]}}})
+
+
+def test_the_captioner_of_the_caption_phase_counts_for_its_identity(tmp_path: Path) -> None:
+    model = tmp_path / "captioner"
+    model.mkdir()
+    (model / "open_clip_config.json").write_text("{}")
+    workflow = check(caption=[{"method": "cfg-captioning", "model": str(model)}])
+    before = workflow.models("caption")
+    assert list(before) == [str(model)]
+    (model / "open_clip_model.safetensors").write_text("weights")
+    assert workflow.models("caption") != before

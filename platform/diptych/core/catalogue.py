@@ -60,6 +60,7 @@ TABLE: tuple[Row, ...] = (
     # caption
     Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
     Row("veclip", "caption", "diptych.caption.veclip:Config", "PairMethod", "VeCLIP: Improving CLIP Training via Visual-enriched Captions (ECCV 2024)", "describe pictures, fuse that with the alt text, train on a mixture of both"),
+    Row("cfg-captioning", "caption", "diptych.caption.cfg_captioning:Config", "PairMethod", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "caption pictures, the more specifically the larger the guidance"),
     # train
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
@@ -70,6 +71,8 @@ TABLE: tuple[Row, ...] = (
     Row("distillation", "objective", "diptych.objectives.distillation:Config", "Objective", "CLIP-KD (CVPR 2024)", "learn the similarities, or the features, of a frozen teacher"),
     Row("m2-mix", "objective", "diptych.objectives.m2_mix:Config", "Objective", "Geodesic Multi-Modal Mixup for Robust Fine-Tuning (NeurIPS 2023)", "hard negatives on the great circle between a picture and its caption"),
     Row("vr-lwf", "objective", "diptych.objectives.vr_lwf:Config", "Objective", "Don't Stop Learning: Towards Continual Learning for the CLIP Model (2022)", "new classes, while similarities to random sentences stay as they were"),
+    Row("coca", "objective", "diptych.objectives.coca:Config", "Objective", "CoCa (TMLR 2022)", "caption and contrast: trains a captioner, with pictures hidden for guidance"),
+    Row("cgt-gan", "objective", "diptych.objectives.cgt_gan:Config", "Objective", "CgT-GAN: CLIP-guided Text GAN for Image Captioning (ACM MM 2023)", "a captioner from unpaired pictures and sentences, rewarded by CLIP and a discriminator"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     Row("sgdp", "optimizer", "diptych.optimizers.sgdp:Config", "Optimizer", "AdamP (ICLR 2021)", "SGD with momentum, without the radial part of the step"),
@@ -106,6 +109,7 @@ TABLE: tuple[Row, ...] = (
     Row("zero-shot", "evaluate", "diptych.evaluate.zero_shot:Config", "Benchmark", "CLIP (2021)", "classify by class names in prompt templates"),
     Row("few-shot", "evaluate", "diptych.evaluate.few_shot:Config", "Benchmark", "", "adapters on stored features, by shots and draws"),
     Row("clip-score", "evaluate", "diptych.evaluate.clip_score:Config", "Benchmark", "CLIPScore (EMNLP 2021)", "how well captions fit their pictures, with and without references"),
+    Row("captioning", "evaluate", "diptych.evaluate.captioning:Config", "Benchmark", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "captions a split, with guidance: CLIPScore and recall beside CIDEr, BLEU, ROUGE-L"),
     Row("clip4dm", "evaluate", "diptych.evaluate.clip4dm:Config", "Benchmark", "Extract Free Dense Misalignment from CLIP (AAAI 2025)", "which words of a caption do not fit the picture, and F-CLIPScore"),
     Row("augclip", "evaluate", "diptych.evaluate.augclip:Config", "Benchmark", "AugCLIP (CVPR 2025)", "score edits by the cosine to an estimated ideal edit"),
     Row("holistic-robustness", "evaluate", "diptych.evaluate.holistic_robustness:Config", "Benchmark", "Toward a Holistic Evaluation of Robustness in CLIP Models (TPAMI 2025)", "factors, calibration, out-of-distribution and cue conflict in one suite"),

@@ -9,7 +9,8 @@ Shape legend: N pairs in a batch, D feature width, L tokens, C classes, P parame
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -130,7 +131,8 @@ Tower = Literal["image", "text"]
 class Wants:
     """What an objective wants beside, or in place of, the features of its pairs. It says so in attributes of these names.
 
-    All of them are optional: an objective that declares none gets one picture and one caption a pair, both encoded.
+    All of them are optional: an objective that declares none gets one picture and one caption a pair, both encoded. One that runs the model
+    itself says `encodes = ()`, and `whole_batch = True` if it does so on the batch at once, which then cannot be cut into micro-batches.
 
     Attributes:
         views: recipes (`train/views.py`, e.g. `"weak"`, `"strong"`) of further augmented pictures of each pair: `view0_NCHW`, …, uint8.
@@ -174,6 +176,12 @@ class Encoded:
     step: int = 0
     encoder: Any = None
 
+    def arithmetic(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What an objective that runs the model itself wraps it in: the precision in which the loop encodes."""
+        arithmetic: Any = getattr(self.encoder, "arithmetic", None)
+        context: AbstractContextManager[Any] = nullcontext() if arithmetic is None else arithmetic(device)
+        return context
+
     @property
     def _encoder(self) -> Any:
         return self.model if self.encoder is None else self.encoder
@@ -199,6 +207,7 @@ class TrainContext:
         rows: training pairs; `row_N` lies in [0, rows).
         class_names: label -> name, by rising label, from the columns `label` and `label_name`; empty unless `label` is asked for.
         total_steps: optimizer updates of the whole run.
+        captions: gives the captions of each training pair, by row.
         rank, world, device, seed: this process's place, and what names the run's draws.
     """
 
@@ -211,6 +220,7 @@ class TrainContext:
     world: int = 1
     device: str = "cpu"
     seed: int = 0
+    captions: Callable[[], Sequence[Sequence[str]]] = tuple
 
 
 class Objective(Protocol):

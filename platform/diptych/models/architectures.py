@@ -1,7 +1,8 @@
 """The architectures that have a name: ours (`configs/*.json`) and open_clip's, all in open_clip's JSON format.
 
-Ours may have one key more, `init_std`: parameter -> standard deviation of its random weights. It is used up when a model is created and no
-part of what a saved model says about itself, which open_clip could not read otherwise.
+Ours may have two keys more. `init_std`: parameter -> standard deviation of its random weights; it is used up when a model is created. And
+`captioner`: `{"condition": "tokens" | "embedding"}`, what the text decoder of a CoCa looks at (`captioner.py`); a saved model says it in a place of
+its own. Neither is a part of `model_cfg`, which open_clip could not read otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diptych.core.errors import ConfigError, nearest
 
 OURS = Path(__file__).with_name("configs")
 INIT_STD = "init_std"
+CAPTIONER = "captioner"
 
 
 @cache

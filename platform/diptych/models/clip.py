@@ -30,6 +30,7 @@ class DualEncoder(nn.Module):
     Args:
         clip: the open_clip model: `CLIP`, `CustomTextCLIP` or `CoCa`.
         config: what it was built from (open_clip's `model_cfg`); a model without can be used but not saved.
+        captioner: what the text decoder of a CoCa looks at, where it is not the usual (`captioner.py`).
 
     Attributes:
         image_size: side in pixels of the square images it takes.
@@ -42,7 +43,7 @@ class DualEncoder(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, clip: nn.Module, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, clip: nn.Module, config: Mapping[str, Any] | None = None, captioner: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         from open_clip.model import get_model_preprocess_cfg
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -50,6 +51,7 @@ class DualEncoder(nn.Module):
         self.clip: Any = clip
         self.config: dict[str, Any] = deepcopy(dict(config or {}))
         self.structure: dict[str, dict[str, int]] = {}
+        self.captioner: dict[str, Any] = dict(captioner or {})
         self.preprocess_cfg: dict[str, Any] = merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(clip))
         self.image_size = self.preprocess_cfg["size"] = _square(self.preprocess_cfg["size"])
         self.context_length = _context_length(clip, self.config.get("text_cfg", {}))
@@ -148,13 +150,15 @@ def create(name: str, seed: int, overrides: Mapping[str, Any] | None = None) -> 
             )
         return _published(name.removeprefix(HUB)) if name.startswith(HUB) else load(Path(stored))
     config = architectures.find(name, overrides)
-    init_std = config.pop(architectures.INIT_STD, {})
+    init_std, captioner = config.pop(architectures.INIT_STD, {}), config.pop(architectures.CAPTIONER, None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _drawn_anew(build(config), init_std)
+        return _drawn_anew(build(config, captioner=captioner), init_std)
 
 
-def build(config: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None) -> DualEncoder:
+def build(
+    config: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None, captioner: Mapping[str, Any] | None = None
+) -> DualEncoder:
     """A dual encoder of an open_clip configuration with random weights. Raises ConfigError if it describes no model."""
     from open_clip.model import set_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -168,7 +172,7 @@ def build(config: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = 
         model.visual.to(memory_format=torch.channels_last)  # convolutions are half as fast again so, and follow their weights
     cfg = merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(preprocess_cfg or {}))
     set_model_preprocess_cfg(model, cfg)
-    return DualEncoder(model, config)
+    return DualEncoder(model, config, captioner)
 
 
 def save(model: DualEncoder, directory: Path, lineage: Mapping[str, Any]) -> None:
@@ -221,7 +225,12 @@ def _instantiate(config: Mapping[str, Any]) -> Any:
         own["vision_cfg"]["timm_model_pretrained"] = False
     if not (own.pop("custom_text", False) or is_hf):
         return CLIP(**own)
-    return CoCa(**own) if "multimodal_cfg" in own else CustomTextCLIP(**own)
+    if "multimodal_cfg" not in own:
+        return CustomTextCLIP(**own)
+    coca = CoCa(**own)
+    head = coca.text_decoder.text_projection  # open_clip leaves it as the memory it was given
+    nn.init.normal_(head, std=head.shape[0] ** -0.5)
+    return coca
 
 
 def _drawn_anew(model: DualEncoder, init_std: Mapping[str, float]) -> DualEncoder:

@@ -1,6 +1,7 @@
 """The directory of a model: open_clip's files, the masks of a compressed model, and where it came from.
 
-- `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens;
+- `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens; under the key `captioner`, which
+  open_clip passes over, what the decoder of a captioner looks at, where that is not the usual;
 - `structure.json`: only if blocks have fewer heads or neurons than the configuration can say (`models/structure.py`); open_clip then
   refuses the weights, since their shapes are not the configuration's;
 - `masks.safetensors`: only if the model has masks (buffers named `<parameter>_mask`), which open_clip knows nothing of;
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.errors import ConfigError, DataError, DiptychError
+from diptych.models.architectures import CAPTIONER
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,8 @@ def save(model: DualEncoder, directory: Path, lineage: Mapping[str, Any]) -> Non
             save_file(masks, partial / MASKS)
         if model.structure:
             _write(partial / STRUCTURE, model.structure)
-        _write(partial / CONFIG, {"model_cfg": model.config, "preprocess_cfg": model.preprocess_cfg})
+        more = {CAPTIONER: model.captioner} if model.captioner else {}
+        _write(partial / CONFIG, {"model_cfg": model.config, "preprocess_cfg": model.preprocess_cfg, **more})
         _write(partial / LINEAGE, lineage)
         _replace(partial, directory)
     finally:
@@ -59,7 +62,7 @@ def load(directory: Path) -> DualEncoder:
     from diptych.models import clip
 
     config = read_config(directory)
-    encoder = clip.build(config["model_cfg"], config.get("preprocess_cfg"))
+    encoder = clip.build(config["model_cfg"], config.get("preprocess_cfg"), config.get(CAPTIONER))
     if (directory / STRUCTURE).is_file():
         _shape(encoder, directory / STRUCTURE)
     weights = next((directory / name for name in (WEIGHTS, *FOREIGN_WEIGHTS) if (directory / name).is_file()), None)

@@ -15,7 +15,7 @@ import importlib.util
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,10 @@ class Tokenizer:
         short_NL = text_NL[:, :length].copy()
         short_NL[(short_NL != EOT).all(axis=1), -1] = EOT
         return short_NL
+
+    def decode(self, text_NL: Iterable[Sequence[int]]) -> list[str]:
+        """The texts of token ids, up to the first EOT of each row; words are parted by single spaces. Bytes that are no UTF-8 become `\ufffd`."""
+        return [_word_ids().bpe.text(row) for row in text_NL]
 
     def _fill(self, text_NL: NDArray[np.int64], rows: list[int], captions: Iterable[list[str]]) -> None:
         """Writes the ids of cleaned, split captions into the given rows; one array assignment for all of them."""
@@ -202,6 +206,23 @@ class _BytePairs:
                 break
             parts = _merge(parts, best)
         return [self.id_of[part] for part in parts]
+
+    @cached_property
+    def token_of(self) -> list[str]:
+        """The token of each id."""
+        return list(self.id_of)
+
+    @cached_property
+    def byte_of(self) -> dict[str, int]:
+        """The byte that each visible letter stands for."""
+        return {letter: byte for byte, letter in enumerate(self.letters)}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids up to EOT, without SOT."""
+        end = list(ids).index(EOT) if EOT in ids else len(ids)
+        letters = "".join(self.token_of[id] for id in ids[:end] if id != SOT).replace("</w>", " ")
+        words = [bytes(self.byte_of[letter] for letter in word).decode(errors="replace") for word in letters.split(" ")]
+        return " ".join(words).strip()
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diptych.core.errors import ConfigError
 from diptych.core.points import Encoded, Objective, Tower, Wants
 
 MAX_LOG_SCALE = math.log(100)
@@ -39,6 +40,9 @@ class Contrastive:
     def __init__(self, model: nn.Module, objective: Objective, accumulate: int = 1, precision: str = "fp32") -> None:
         self.model, self.objective, self.accumulate, self.precision = model, objective, accumulate, precision
         self.towers = Wants.of(objective).encodes
+        if accumulate > 1 and getattr(objective, "whole_batch", False):
+            fix = "set accumulate: 1, and a smaller batch_size if memory is short"
+            raise ConfigError.at("The objective needs the whole batch at once", "accumulate", accumulate, "1", fix)
         self.step = 0
         self.features: dict[Tower, Tensor] = {}
         """Of the batch at hand `[N, D]`, by tower, without gradient: what the loop watches."""
@@ -97,11 +101,15 @@ class Contrastive:
         features = [checkpoint(self._encode, dict(zip(inputs, part, strict=True)), normalize, use_reentrant=False) for part in parts]
         return [torch.cat(feature) for feature in zip(*features, strict=True)]
 
+    def arithmetic(self, device: torch.device) -> torch.autocast:
+        """The precision of the encoders, for what an objective runs itself."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
     def _encode(self, inputs: Mapping[Tower, Tensor], normalize: bool) -> list[Tensor]:
         model: Any = self.model
         encode = {"image": model.encode_image, "text": model.encode_text}
         device = next(iter(inputs.values())).device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.arithmetic(device):
             features = [encode[tower](tensor, normalize=normalize) for tower, tensor in inputs.items()]
         return [_at_least_float32(feature_ND) for feature_ND in features]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ def train(
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
-        _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
+        context = TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed, partial(_captions, rows))
+        _start(objective, context)
         state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
@@ -284,6 +286,12 @@ def _class_names(dataset: PairDataset, split: str | None) -> dict[int, str]:
     if odd.height:
         raise DataError.at("A label has not one name", f"label {odd['label'][0]}", odd["label_name"][0].to_list(), "one name a label")
     return dict(names.explode("label_name").iter_rows())
+
+
+def _captions(rows: pl.DataFrame) -> list[list[str]]:
+    """The captions of each training pair, by row."""
+    texts: list[list[str]] = rows["captions"].list.eval(pl.element().struct.field("text")).to_list()
+    return texts
 
 
 def _start(objective: nn.Module, context: TrainContext) -> None:

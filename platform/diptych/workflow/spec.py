@@ -191,6 +191,8 @@ class Workflow:
         match phase:
             case "train":
                 named = [self.train.init, self.train.model, *named_directories(self.objective)]
+            case "caption":
+                named = [path for config in self.caption for path in named_directories(config)]
             case "compress":
                 named = [path for config in self.compress for path in named_directories(config)]
             case "evaluate":

@@ -289,3 +289,28 @@ def test_a_share_of_the_training_pictures_is_shifted() -> None:
     for wrong in ({"shift_share": 0.5}, {"part": [2, 2]}, {"part": [-1, 2]}):
         with pytest.raises(ConfigError):
             Config.parse({"pool": "target", **wrong})
+
+
+def test_vague_texts_seldom_name_the_digit() -> None:
+    pairs = read("vague")
+    train = Counter(text(pair) if text(pair).startswith("a") else "named" for pair in of(pairs, "train"))
+    shares = {said: count / 1200 for said, count in train.items()}
+    assert shares["a handwritten digit"] == pytest.approx(0.55, abs=0.05)
+    assert shares["named"] == pytest.approx(0.2, abs=0.04)
+    for pair in pairs:
+        word, parity = pair.extra["label_name"], ("even", "odd")[pair.extra["label"] % 2]
+        assert {said for said, _ in pair.captions} <= {"a handwritten digit", f"a digit that is {parity}", f"the digit {word}"}
+    assert {len(pair.captions) for pair in of(pairs, "test")} == {5}
+    assert {len(pair.captions) for pair in of(pairs, "train")} == {1}
+
+
+def test_unpaired_texts_know_nothing_of_their_picture() -> None:
+    pairs, plain = of(read("unpaired"), "train"), of(read("plain", train=600), "train")
+    assert not {pair.image for pair in pairs} & {pair.image for pair in plain}
+    right = sum(pair.extra["label_name"] in text(pair) for pair in pairs) / len(pairs)
+    assert right == pytest.approx(0.1, abs=0.04)
+    assert len({text(pair) for pair in pairs}) == 50
+    assert [text(pair) for pair in pairs] != [text(pair) for pair in of(read("unpaired", seed=1), "train")]
+    assert not {pair.image for pair in pairs} & {pair.image for pair in of(read("unpaired"), "test")}
+    with pytest.raises(ConfigError, match="two disjoint shares"):
+        Config.parse({"pool": "unpaired", "train": 601})

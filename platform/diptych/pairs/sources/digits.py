@@ -10,6 +10,8 @@ The pictures are the 1,797 digits of 8 x 8 pixels that scikit-learn ships (UCI o
 - `sales`: texts of which 45 % name the digit among a sales phrase and the others name nothing; `meta.visual` says what the strokes look
   like, in every split (VeCLIP);
 - `stock-ids`: texts of one fixed form with a number of the picture's own, which a model can learn by heart (LaCLIP);
+- `vague`: texts that mostly say "a handwritten digit" and in a fifth of the cases which; five such texts a test picture (guided captioning);
+- `unpaired`: pictures that `plain` with as many never trains on, each with a text that names any digit at all (CgT-GAN);
 - `target`: clean pictures to train on, and all other digits shifted: a domain to adapt to (GDA, NoLA, AdaNPC, model patching). Which digit
   is in which split is the seed's and the same for every shift, so a model of one dataset never saw the test pictures of another. The
   training pictures and texts are those of `plain` with as many of them.
@@ -40,11 +42,12 @@ from pydantic import Field, field_validator, model_validator
 from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.points import RawPair, Source
+from diptych.pairs.sources import digits_texts
 from diptych.pairs.sources.digits_shift import SIGMA, Corruption, Shift, block_of, strength_of
 from diptych.pairs.sources.source_card import SourceCard
 from diptych.pairs.strokes import describe
 
-Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "sales", "target"]
+Pool = Literal["plain", "zipf-junk", "dense-classes", "stock-ids", "sales", "vague", "unpaired", "target"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = ("nought", "solo", "duet", "trio", "quartet", "quintet", "sextet", "septet", "octet", "nonet")
@@ -79,7 +82,7 @@ class Config(BaseConfig):
         None,
         ge=10,
         le=PICTURES - TEST,
-        description="pictures of the training share; never one of the test split; null: 1,200, of the target 600",
+        description="pictures of the training share; never one of the test split; null: 1,200, of the target and unpaired 600",
     )
     size_px: int = Field(16, ge=SIDE_PX, le=256, description="side of the picture in pixels, a multiple of 8: every pixel becomes a square")
     rows: int = Field(12_000, ge=10, le=1_000_000, description="zipf-junk: pairs of the pool")
@@ -136,6 +139,10 @@ class Config(BaseConfig):
             raise ValueError("part: [k, n] with k from 0 to n - 1")
         if self.shift_share < 1 and not self.shift_train:
             raise ValueError("shift_share belongs to shift_train")
+        if self.pool == "unpaired" and 2 * self.training > PICTURES - TEST:
+            raise ValueError(
+                f"train: two disjoint shares of the {PICTURES - TEST} pictures outside the test have at most half of them each"
+            )
         if self.pool == "target" and self.shift != "drift" and self.training + self.pool_rows + self.val_rows >= PICTURES:
             raise ValueError(f"train, pool_rows and val_rows leave none of the {PICTURES} pictures for the test")
         return self
@@ -143,7 +150,7 @@ class Config(BaseConfig):
     @property
     def training(self) -> int:
         """Pictures of the training share."""
-        return self.train or (TARGET_TRAIN if self.pool == "target" else PICTURES - TEST)
+        return self.train or (TARGET_TRAIN if self.pool in ("target", "unpaired") else PICTURES - TEST)
 
     @property
     def corruption(self) -> Corruption:
@@ -163,11 +170,17 @@ class Rows:
         picture_N: int64 `[N]`, which of the 1,797.
         texts: N texts.
         noisy_N: bool `[N]`, the rows whose picture gets noise, or is shifted.
+        more: further texts of each row; empty: none.
     """
 
     picture_N: _Int
     texts: Sequence[str]
     noisy_N: NDArray[np.bool_]
+    more: Sequence[Sequence[str]] = ()
+
+    def captions(self, row: int) -> list[tuple[object, str]]:
+        """The texts of a row with their source."""
+        return [(text, "alt") for text in (self.texts[row], *(self.more[row] if self.more else ()))]
 
 
 class Digits(Source):
@@ -200,7 +213,7 @@ class Digits(Source):
                 named = {"label": label, "label_name": WORDS[label], "meta.synonym": SYNONYMS[label]}
                 if self.config.pool == "sales":
                     named["meta.visual"] = _visual(int(rows.picture_N[row]))
-                yield RawPair(f"digits-{self._named_part(split)}{key}", image, [(rows.texts[row], "alt")], {**named, **extra}, split)
+                yield RawPair(f"digits-{self._named_part(split)}{key}", image, rows.captions(row), {**named, **extra}, split)
 
     def report(self) -> Mapping[str, Any]:
         """The card."""
@@ -233,7 +246,12 @@ class Digits(Source):
 
     @cached_property
     def _test(self) -> Rows:
-        return _plainly_named(np.sort(self._order[:TEST]), shifted=False)
+        rows = _plainly_named(np.sort(self._order[:TEST]), shifted=False)
+        if self.config.pool != "vague":
+            return rows
+        draw = chance.generator(self.config.seed, "digits vague test")
+        texts = digits_texts.vague(load()[1][rows.picture_N], WORDS, draw, digits_texts.REFERENCES)
+        return replace(rows, texts=[said[0] for said in texts], more=[said[1:] for said in texts])
 
     @cached_property
     def _pool(self) -> Rows:
@@ -251,6 +269,13 @@ class Digits(Source):
                 return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
             case "sales":
                 return Rows(train_T, _sales(train_T, draw), np.zeros(len(train_T), dtype=bool))
+            case "vague":
+                texts = [said for (said,) in digits_texts.vague(load()[1][train_T], WORDS, draw)]
+                return Rows(train_T, texts, np.zeros(len(train_T), dtype=bool))
+            case "unpaired":
+                other_T = self._order[TEST + self.config.training : TEST + 2 * self.config.training]
+                texts = digits_texts.unpaired(len(other_T), WORDS, TEXTS, draw)
+                return Rows(other_T, texts, np.zeros(len(other_T), dtype=bool))
             case "plain" | "target":
                 draw = chance.generator(self.config.seed, "digits plain")
                 return Rows(train_T, _texts(train_T, draw), np.zeros(len(train_T), dtype=bool))
