@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from diptych.caption.captioners import ModelCaptioner, RuleCaptioner, Seen
+from diptych.caption.describers import ModelCaptioner, RuleCaptioner, Seen
 from diptych.caption.rewriters import Request
 from diptych.caption.veclip import (
     DESCRIPTION,

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, get_args
 import polars as pl
 from pydantic import Field, model_validator
 
-from diptych.caption.captioners import Captioner, ExistingCaptioner, ModelCaptioner, RuleCaptioner, Seen
+from diptych.caption.describers import Captioner, ExistingCaptioner, ModelCaptioner, RuleCaptioner, Seen
 from diptych.caption.laclip import tidy
 from diptych.caption.rewriters import Request, Rewriter
 from diptych.caption.rewriters.endpoint import EndpointConfig
