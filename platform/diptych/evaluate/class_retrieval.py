@@ -62,5 +62,4 @@ class ClassRetrieval:
 def hits(query_ND: NDArray[np.float32], found_ND: NDArray[np.float32], label_N: NDArray[Any]) -> NDArray[np.float32]:
     """1 for every query whose nearest candidate has its label, else 0, `[N]`; the first of equally near ones counts."""
     nearest = [(query_ND[part] @ found_ND.T).argmax(axis=1) for part in chunks(len(query_ND), len(found_ND))]
-    hit_N: NDArray[np.float32] = (label_N[np.concatenate(nearest)] == label_N).astype(np.float32)
-    return hit_N
+    return np.asarray(label_N[np.concatenate(nearest)] == label_N, dtype=np.float32)

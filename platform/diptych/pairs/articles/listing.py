@@ -58,13 +58,21 @@ def packages(root: Path) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=4)
 def read(path: Path) -> Mapping[str, Entry]:
-    """The entries of a list by package, in the order of the list. Raises DataError if the list is missing or names no package."""
+    """The entries of a list by package, in the order of the list; kept by the process until the file changes.
+
+    Raises DataError if the list is missing or names no package.
+    """
     try:
-        rows = _pmc_rows(path) if path.suffix == ".txt" else [_named(row) for row in read_table(path)]
+        return _read(path, path.stat().st_mtime_ns)
     except OSError as error:
         raise DataError.at("The file list cannot be read", "table", str(path), "a readable table", str(error)) from None
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed_ns: int) -> Mapping[str, Entry]:
+    del changed_ns
+    rows = _pmc_rows(path) if path.suffix == ".txt" else [_named(row) for row in read_table(path)]
     entries = {str(row["file"]).strip(): _entry(row) for row in rows if row.get("file")}
     if not entries:
         raise DataError.at("The file list names no package", str(path), "<no column `File`>", "PubMed Central's list, or a column `File`")

@@ -133,11 +133,10 @@ class ArticleFigures(Source):
     def read(self, part: str) -> Iterator[RawPair]:
         """The pairs of one package, in the order of its articles and their figures."""
         entry = Entry() if self.table is None else listing.read(self.table)[part]
-        path = self.root / part
         try:
-            if not path.resolve().is_relative_to(self.root.resolve()):
+            if Path(part).is_absolute() or ".." in Path(part).parts:  # a list is not to be trusted; a link that lies here is the user's
                 raise Fault("path leaves the folder")
-            package = open_package(path, self.articles)
+            package = open_package(self.root / part, self.articles)
         except Fault as fault:
             yield RawPair(part, None, [], fault=fault.reason)
             return
