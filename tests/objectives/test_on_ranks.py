@@ -12,6 +12,8 @@ import torch
 from _ranks import run_ranks
 from sharded import Case, on_a_rank
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, Case] = {
     "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
     "distillation": ({"method": "distillation", "teacher": ".", "temperature": 2.0}, None),

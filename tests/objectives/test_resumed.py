@@ -16,6 +16,8 @@ from diptych.pairs.schema import CAPTIONS
 from diptych.train.config import TrainConfig
 from diptych.train.run import TrainSummary, train
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"steps": 4, "batch_size": 8, "log_every": 1, "augment": {"flip": True}}
 
 

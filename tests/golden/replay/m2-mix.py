@@ -18,8 +18,8 @@ Array = NDArray[np.generic]
 INPUTS: tuple[str, ...] = ("*/in/*",)
 
 TOLERANCE: dict[str, tuple[float, float]] = {
-    "metric/out/uniformity": (1e-5, 0),
-    "slerp/*": (1e-8, 1e-10),
+    "metric/out/uniformity": (1e-5, 0),  # computed in float32 there
+    "slerp/*": (1e-6, 1e-9),  # one row is nearly parallel
     "*": (1e-8, 1e-12),
 }
 
