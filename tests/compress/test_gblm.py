@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from diptych.compress.blocks import checkpointed, collect, towers, walk
 from diptych.compress.calibration import input_moments, input_norms
 from diptych.compress.gblm import Config, WandaConfig, gradient_norms, importance
-from diptych.compress.magnitude import masks_of, prunable, sparsity
-from diptych.compress.masks import above_threshold, by_share_of_sum, in_rows
+from diptych.compress.magnitude import masks_of, n_of_m, prunable, sparsity
+from diptych.compress.masks import above_threshold, by_share_of_sum, in_rows, n_of_m_by_topk
 from diptych.core.errors import ConfigError, DataError
 from diptych.models import clip
 
@@ -164,6 +164,12 @@ def test_the_variant_reaches_the_sparsity_with_uneven_rows(model: clip.DualEncod
     assert len(set((~mask).sum(dim=1).tolist())) > 5
     WandaConfig(sparsity=0.6, variant=True).build().compress(model, batches_of(model, 1))
     assert max(len(set(mask.sum(dim=1).tolist())) for mask in masks_of(model).values()) > 1
+
+
+def test_groups_by_topk_differ_in_ties_alone() -> None:
+    score = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(n_of_m_by_topk(score, 1, 4), n_of_m(score, 1, 4))
+    assert (n_of_m_by_topk(torch.ones(3, 8), 3, 8).sum(dim=1) == 3).all()
 
 
 def test_thresholds_take_ties_along_and_rows_do_not() -> None:

@@ -140,7 +140,7 @@ class FLAP:
         if config.structure == "al-am":
             heads = [pooled(standardised(attention), width, "mean") for (attention, _), width in zip(scores, widths, strict=True)]
             neurons = [standardised(mlp) for _, mlp in scores]
-            costs = [(2 * MLP_MATRICES * layer.parts.head_width * layer.width, MLP_MATRICES * layer.width) for layer in layers]
+            costs = [(4 * layer.parts.head_width * layer.width, MLP_MATRICES * layer.width) for layer in layers]
             return adaptive(heads, neurons, costs, config.ratio)
         counts = [layer.parts.heads for layer in layers]
         removed = round(config.ratio * sum(counts)) if config.remove_heads is None else config.remove_heads

@@ -74,6 +74,7 @@ class GBLM:
                 gradients = self._gradients(model, tower, batches, features) if self._needs_gradients else {}
                 for name, block, states in walk(model, tower, batches):
                     self.prune(block, name, states, gradients)
+                del gradients  # before the next tower's are made
         return model
 
     def report(self, model: nn.Module) -> dict[str, Any]:

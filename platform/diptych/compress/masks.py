@@ -30,6 +30,13 @@ def above_threshold(score: Tensor, sparsity: float) -> Tensor:
     return score > score.flatten().sort().values[place]
 
 
+def n_of_m_by_topk(score: Tensor, n: int, m: int) -> Tensor:
+    """`magnitude.n_of_m` with ties as `torch.topk` happens to break them, as in the published codes; rows divide into groups of m."""
+    groups = score.view(score.shape[0], -1, m)
+    goes = groups.topk(m - n, dim=-1, largest=False).indices
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, goes, value=False).view_as(score)
+
+
 def by_share_of_sum(score: Tensor, sparsity: float) -> Tensor:
     """Wanda's variant: rows lose the small scores that make up one share of the row's sum, the same for all rows; found by bisection.
 

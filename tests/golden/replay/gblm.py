@@ -95,7 +95,8 @@ def pruned(vectors: Mapping[str, np.ndarray], method: str, case: str, gradients:
         elif method == "magnitude":
             for matrix in matrices(block, name):
                 size = matrix.weight.detach().abs()
-                masks.put(matrix, masks.by_pattern(size, ratio, pattern) if group else masks.above_threshold(size, ratio))
+                kept = int(group) - int(removed) if group else 0
+                masks.put(matrix, masks.n_of_m_by_topk(size, kept, int(group)) if group else masks.above_threshold(size, ratio))
         else:
             chosen = gradients["l1" if method == "gblm_l1" else "l2"] if method.startswith("g") else {}
             gblm.GBLM(config, SCORES[method], variant=method == "wanda_variant").prune(block, name, inputs, chosen)  # type: ignore[arg-type]

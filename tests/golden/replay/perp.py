@@ -126,7 +126,7 @@ def pruned(vectors: Mapping[str, np.ndarray], method: str, case: str) -> dict[st
     for matrix in matrices(block, ""):
         score = matrix.weight.detach().abs() * (norms[matrix.name] if method == "wanda" else 1)
         if group:
-            keep = masks.by_pattern(score, 0.0, f"{int(group) - int(removed)}:{group}")
+            keep = masks.n_of_m_by_topk(score, int(group) - int(removed), int(group))
         else:
             keep = masks.above_threshold(score, vectors[f"prune/{method}/{case}/ratio"].item())
         found[matrix.name.removeprefix(".")] = ~keep.numpy()
