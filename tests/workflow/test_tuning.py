@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workflow.conftest import WORKFLOW
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
-from diptych.workflow import claim, claim_page, problems, reproductions, tuning, yaml
+from diptych.workflow import claim, claim_page, problems, reproductions, spec, tuning, yaml
 from diptych.workflow.project import Project
 from diptych.workflow.tuning import Tuning
 
@@ -95,6 +96,29 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     assert "did you mean 'steps'?" in str(caught.value)
     assert "problem.noise" in str(caught.value)
     assert problems.is_problem(data["base"])
+
+
+def test_a_trial_looks_at_the_split_of_the_tuning_and_nowhere_else() -> None:
+    base = {**WORKFLOW, "name": "claim-tuned", "caption": []}
+    arms = {"a": {"train.optimizer.lr": {"tune": [0.1, 0.2]}}, "b": {"train.init": "@model:a"}}
+    demands = [{"better": "a", "worse": "b", "metric": "digits/zero-shot/acc1", "least": 0.0}]
+    whole = claim_file(base=base, arms=arms, demands=demands, tuning={"metric": "digits/zero-shot/acc1"})
+    found = claim.ClaimFile.parse(whole)
+    trial = claim.arm_experiment(found, "a", 3, Path("c.yaml"), {}, {"train.optimizer.lr": 0.2}, split="val")
+    final = claim.arm_workflow(found, "a", 3, Path("c.yaml"), {}, {"train.optimizer.lr": 0.2})
+    assert isinstance(trial, spec.Workflow)
+    assert [config.plain()["split"] for config in trial.benchmarks] == ["val", "val"]
+    assert [config.plain()["split"] for config in final.benchmarks] == ["test", "test"]
+    assert trial.optimizer.plain()["lr"] == final.optimizer.plain()["lr"] == 0.2
+
+
+def test_two_arms_are_not_tuned_at_once(tmp_path: Path) -> None:
+    base = {**WORKFLOW, "name": "claim-tuned", "caption": []}
+    axis = {"train.optimizer.lr": {"tune": [0.1, 0.2]}}
+    demands = [{"better": "a", "worse": "b", "metric": "digits/zero-shot/acc1", "least": 0.0}]
+    arms = {"a": axis, "b": {"train.init": "@model:a", **axis}}
+    with pytest.raises(ConfigError, match="both would be tuned at once"):
+        claim.load(written(tmp_path, claim_file(base=base, arms=arms, demands=demands, tuning={"metric": "digits/zero-shot/acc1"})))
 
 
 def test_a_claim_tunes_then_runs_and_leaves_a_page(project: Path) -> None:

@@ -70,14 +70,18 @@ class _Sophia(Curved):
 
     @torch.no_grad()
     def win_rate(self) -> float:
-        """The share of coordinates with |m| < rho h, in [0, 1]; 0 before the first step."""
-        wins, total = [], 0
+        """The share of coordinates with |m| < rho h, in [0, 1]; 0 before the first step.
+
+        Coordinates that no gradient and no estimate ever reached, such as the words that do not occur, are not counted.
+        """
+        wins, reached = [], []
         for group in self.param_groups:
             states = [self.state[p] for p in group["params"] if p in self.state]
             bounds = torch._foreach_mul([state["hessian"] for state in states], group["rho"]) if states else ()
             for state, bound in zip(states, bounds, strict=True):
                 wins.append((state["exp_avg"].abs() < bound).sum())
-                total += bound.numel()
+                reached.append(((state["exp_avg"] != 0) | (state["hessian"] != 0)).sum())
+        total = int(torch.stack(reached).sum()) if reached else 0
         return int(torch.stack(wins).sum()) / total if total else 0.0
 
     def _take_in(self, group: dict[str, Any], params: list[Tensor], estimates: list[Tensor]) -> None:
