@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_duplicates.py [--small] [--rounds 2]
 
 Hashes are random, a fifth of them with up to three bits turned of another's: what is to be found is known. Two lines: 100,000 hashes beside
-the plain scan in NumPy (one row against all others at a time, population count of the difference), and 8,000 beside imagededup, which
+the plain scan in NumPy (one row against all others at a time, population count of the difference), and 4,000 beside imagededup, which
 does that scan in C++; the second line is left out where imagededup is not installed (it is no dependency: `pip install imagededup`).
 Ours is what the engine runs: a group a band, then the verdict, over a polars frame. The found copies must be the same.
 """
@@ -94,7 +94,7 @@ def main() -> None:
     if importlib.util.find_spec("imagededup") is None:
         print("imagededup is not installed: its line is left out")
     else:
-        measure("imagededup", 8_000 // part, imagededup, options.rounds)
+        measure("imagededup", 4_000 // part, imagededup, options.rounds)
 
 
 if __name__ == "__main__":

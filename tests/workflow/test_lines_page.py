@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
 
 from diptych.core.errors import ConfigError
-from diptych.workflow import lines_page
+from diptych.workflow import lines_page, reproductions
+from diptych.workflow.project import Project
 
 POINTS = {
     "web": [(0.3, 0.2), (0.5, 0.35), (0.8, 0.6)],
@@ -90,3 +92,18 @@ def test_without_lines_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No lines"):
         lines_page.write(rows().filter(pl.col("metric") == "acc1"), "t", "a", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_claims_runs_are_drawn_together(tmp_path: Path) -> None:
+    home = tmp_path / "runs" / "claims" / "mine"
+    for name, frame in (("mixed-s0", rows()), ("mixed-s1", rows()), ("clean-s0", rows().filter(pl.col("metric") == "acc1"))):
+        (home / name / "evaluate").mkdir(parents=True)
+        frame.write_parquet(home / name / "evaluate" / "rows.parquet")
+    result = SimpleNamespace(file=SimpleNamespace(claim="mine", about="of mine"))
+    reproductions._draw_lines(Project(tmp_path), result)  # type: ignore[arg-type]
+    page = (home / "lines.html").read_text()
+    assert "12 models" in page
+    assert "(runs 0.350 to 0.350)" in page
+    result.file.claim = "other"
+    reproductions._draw_lines(Project(tmp_path), result)  # type: ignore[arg-type]
+    assert not (tmp_path / "runs" / "claims" / "other").exists()

@@ -66,8 +66,8 @@ def picture(reader: ShardReader, image: Mapping[str, Any] | None) -> str:
     return f"<img alt='' src='data:image/webp;base64,{base64.b64encode(data).decode()}'>"
 
 
-def bars(head: Sequence[str], rows: Iterable[tuple[Sequence[str], int, str]]) -> str:
-    """A table of names with counts as bars; a row is its cells, its count and the bar's class."""
+def bars(head: Sequence[str], rows: Iterable[tuple[Sequence[str], int, str]], counted: str = "pairs") -> str:
+    """A table of names with counts as bars; a row is its cells, its count and the bar's class. `counted` heads the counts."""
     lines = list(rows)
     most = max((count for _, count, _ in lines), default=0) or 1
     cells = "".join(
@@ -75,7 +75,7 @@ def bars(head: Sequence[str], rows: Iterable[tuple[Sequence[str], int, str]]) ->
         + f"<td class='count'>{count:,}</td><td class='bar'><i class='{kind}' style='width:{100 * count / most:.2f}%'></i></td></tr>"
         for names, count, kind in lines
     )  # fmt: skip
-    return f"<table><tr>{''.join(f'<th>{text(cell)}</th>' for cell in (*head, 'pairs', ''))}</tr>{cells}</table>"
+    return f"<table><tr>{''.join(f'<th>{text(cell)}</th>' for cell in (*head, counted, ''))}</tr>{cells}</table>"
 
 
 def tools(states: Sequence[str], *, scores: bool) -> str:

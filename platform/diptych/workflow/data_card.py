@@ -194,9 +194,9 @@ def write(card: DataCard, out: Path) -> Path:
         section("Sources", "", _source_table(card)),
         section("The way here", "Pairs that came into each phase, what stayed, and why the others left.", _ledger(card)),
         section("Concepts", *_concepts(card)),
-        f"<div class='charts'>{_bars('Words a caption', 'words', card.words)}{_bars('Shorter side of pictures, pixels', 'pixels', card.sides)}"
+        f"<div class='charts'>{_bars('Words a caption', 'words', card.words, 'captions')}{_bars('Shorter side of pictures, pixels', 'pixels', card.sides)}"
         f"{_bars(f'Languages of {card.pictures.pairs:,} first captions', 'language', _few(card.languages))}"
-        f"{_bars('Captions by where they come from', 'source', card.caption_sources)}{_bars('Splits', 'split', card.splits)}</div>",
+        f"{_bars('Captions by where they come from', 'source', card.caption_sources, 'captions')}{_bars('Splits', 'split', card.splits)}</div>",
         section("Copies", _copies_lead(card), _copies(card.pictures)),
     ]
     return page.write(out, f"Data card of {card.name}", body, script=False)
@@ -257,10 +257,12 @@ def _few(values: Histogram, most: int = 9) -> Histogram:
     return [*known[:most], *([(f"{len(known) - most} others", rest)] if rest else []), *unsure]
 
 
-def _bars(title: str, what: str, values: Histogram) -> str:
+def _bars(title: str, what: str, values: Histogram, counted: str = "pairs") -> str:
     if not values:
         return ""
-    return f"<section><h3>{html.escape(title)}</h3>{page.bars((what,), [((name,), count, '') for name, count in values])}</section>"
+    return (
+        f"<section><h3>{html.escape(title)}</h3>{page.bars((what,), [((name,), count, '') for name, count in values], counted)}</section>"
+    )
 
 
 def _copies_lead(card: DataCard) -> str:
