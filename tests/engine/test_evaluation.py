@@ -262,3 +262,35 @@ def test_the_same_pictures_under_another_model(home: Path, tmp_path: Path) -> No
     assert (beside.images(pairs) != one.images(pairs)).any()
     with pytest.raises(DataError, match="no model directory"):
         one.beside(str(tmp_path))
+
+
+def test_a_second_encoder_is_known_by_its_files(encoder: StoredEncoder, tmp_path: Path) -> None:
+    pairs, other = encoder.dataset.read()[:10], tmp_path / "other"
+    clip.save(clip.create("digits-16", seed=0), other, {})
+    first = encoder.auxiliary(pairs, str(other))
+    assert (encoder.auxiliary(pairs, str(other)) == first).all()
+    clip.save(clip.create("digits-16", seed=1), other, {})
+    assert np.abs(encoder.auxiliary(pairs, str(other)) - first).max() > 0.1
+
+
+def test_a_captioner_is_measured_whole(home: Path, tmp_path: Path) -> None:
+    from diptych.models.captioner import keep_only, tokens_of
+
+    model = clip.create("coca-digits-16", 0)
+    keep_only(model, tokens_of(["the number seven", "a handwritten three"], model.tokenizer))
+    clip.save(model, tmp_path / "captioner", {})
+    clip.save(clip.create("digits-16", seed=0), tmp_path / "judge", {})
+    encoder = StoredEncoder(tmp_path / "captioner", PairDataset.open(home / "pairs"), tmp_path / "cache")
+    benchmarks = [
+        {"method": "captioning", "task": f"guided-{scale:g}", "guidance": scale, "max_length": 5, "names": "label_name"}
+        | ({} if judge is None else {"scorer": str(tmp_path / judge)})
+        for scale, judge in ((1.0, None), (3.0, "judge"))
+    ]
+    metrics = evaluation.measure(encoder, benchmarks, "digits", 0)
+    found = {(metric.task, metric.metric): metric for metric in metrics}
+    assert all(
+        ("guided-1", name) in found and ("guided-3", name) in found for name in ("clip_score", "cider", "bleu_4", "named", "recall@5")
+    )
+    assert found["guided-3", "clip_score"].settings["guidance"] == 3.0
+    assert found["guided-1", "cider"].n == found["guided-1", "clip_score"].n == 597
+    assert evaluation.long_form(metrics, {})["value"].null_count() == 0

@@ -11,7 +11,7 @@ from diptych.core.points import TrainContext
 from diptych.models import clip
 from diptych.models.captioner import Captioner
 from diptych.models.clip import DualEncoder
-from diptych.objectives.cgt_gan import CgtGan, Config, Discriminator
+from diptych.objectives.cgt_gan import CgtGan, Config, Discriminator, ended
 from diptych.train.contrastive import Contrastive
 
 CORPUS = ["the number seven", "a handwritten three", "digit one in white"]
@@ -63,7 +63,8 @@ def test_each_loss_reaches_its_own_parameters_alone(model: DualEncoder) -> None:
     assert model.clip.text_decoder.text_projection.grad.abs().sum() > 0
     assert all(parameter.grad is None for name, parameter in model.clip.named_parameters() if not name.startswith("text_decoder."))
     captioner = Captioner(model, objective.token_V)
-    sample_ML = objective._sampled(captioner, captioner.see(batch(model)["image_NCHW"])[1], batch(model)["row_N"], 0)
+    drawn_ML = objective._sampled(captioner, captioner.see(batch(model)["image_NCHW"])[1], batch(model)["row_N"], 0)
+    sample_ML = ended(drawn_ML, captioner.vocabulary.eos)
     real_ML = objective.corpus_TL[objective._drawn(batch(model)["row_N"], 3, 0)]
     from diptych.objectives.cgt_reward import discriminator_loss
 
@@ -87,8 +88,11 @@ def test_draws_follow_rows_and_steps_not_places(model: DualEncoder) -> None:
     turned = objective._sampled(captioner, seen_NSW.flip(0), given["row_N"].flip(0), 2).view(3, 3, -1)
     assert torch.equal(samples, turned.flip(0))
     assert not torch.equal(samples, objective._sampled(captioner, seen_NSW, given["row_N"], 3).view(3, 3, -1))
-    assert (samples[..., -1] == captioner.vocabulary.eos).all()
     assert len({tuple(row) for row in samples.view(9, -1).tolist()}) > 3
+
+
+def test_a_sample_at_the_limit_is_ended_for_its_judges_alone() -> None:
+    assert ended(torch.tensor([[0, 3, 4, 3], [0, 1, 1, 1]]), 1).tolist() == [[0, 3, 4, 1], [0, 1, 1, 1]]
 
 
 def test_rewards_weigh_as_the_schedule_says(model: DualEncoder) -> None:

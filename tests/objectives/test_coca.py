@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _ranks import run_ranks
 from torch import Tensor
 
 from diptych.core.errors import ConfigError
@@ -126,3 +127,21 @@ def test_it_runs_the_model_in_the_loops_precision(model: DualEncoder) -> None:
     assert full == pytest.approx(half, rel=0.02)
     own = Encoded(torch.empty(0, 0), torch.empty(0, 0), model.logit_scale.exp(), batch(model), model)
     assert float(objective(own)["caption"]) == full  # without a loop: as it is
+
+
+def test_the_loss_on_two_ranks_is_the_mean_over_all_tokens() -> None:
+    whole = on_rank(0, 1)
+    parts = run_ranks(2, on_rank)
+    assert np.mean([part["loss"] for part in parts]) == pytest.approx(whole["loss"], rel=1e-6)
+    np.testing.assert_allclose(np.mean([part["gradient"] for part in parts], axis=0), whole["gradient"], rtol=1e-5, atol=1e-7)
+
+
+def on_rank(rank: int, world_size: int) -> dict[str, Any]:
+    """The captioning loss of this rank's share of captions of unequal lengths, and its gradient in a bias shared by all logits."""
+    text_NL = torch.tensor([[49406, 4, 49407, 0, 0], [49406, 5, 6, 4, 49407], [49406, 6, 5, 49407, 0], [49406, 49407, 0, 0, 0]])
+    token_V = torch.tensor([4, 5, 6, 49406, 49407])
+    logits_NLV = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0))
+    share = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    bias_V = torch.zeros(5, requires_grad=True)
+    loss = caption_loss(logits_NLV[share] + bias_V, text_NL[share], token_V)
+    return {"loss": loss.item(), "gradient": torch.autograd.grad(loss, bias_V)[0].numpy()}

@@ -62,7 +62,7 @@ def principal_axes(feature_SD: Real, components: int) -> Axes:
 def fitted(feature_SD: Real, components: int, clusters: int, seed: int) -> Clusters:
     """Axes and centres fitted to the rows: k-means from k-means++ starts that `seed` names; on one thread, so that sums come out alike."""
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     axes = principal_axes(feature_SD, components)
     with threadpool_limits(1):

@@ -206,7 +206,8 @@ class StoredEncoder:
 
     def auxiliary(self, pairs: pl.DataFrame, name: str) -> Features:
         """`[N, E]`, features of the same pictures by a second encoder: `pixels`, a model by name, or a model directory."""
-        spec = features.FeatureSpec(name=name, pictures=self.dataset.digest, cache=str(self.cache / "auxiliary"))
+        weights = digest.of_tree(Path(name)) if Path(name).is_dir() else ""
+        spec = features.FeatureSpec(name=name, weights=weights, pictures=self.dataset.digest, cache=str(self.cache / "auxiliary"))
         return features.compute(spec, pairs, self.dataset.reader())
 
     def load_pixels(self, pairs: pl.DataFrame) -> Pixels:

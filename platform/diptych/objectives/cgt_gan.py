@@ -110,9 +110,10 @@ class CgtGan(nn.Module):
         with torch.no_grad():
             image_ND, seen_NSW = captioner.see(encoded.batch["image_NCHW"])
             target_ND = aggregate(image_ND, self.corpus_TD, config.sharpness).to(image_ND.dtype)
-            sample_ML = self._sampled(captioner, seen_NSW, row_N, encoded.step)
+            drawn_ML = self._sampled(captioner, seen_NSW, row_N, encoded.step)
+            sample_ML = ended(drawn_ML, captioner.vocabulary.eos)
             baseline_NL = self._greedy(captioner, seen_NSW) if config.baseline == "greedy" else None
-        logprob_NS = self._logprob(captioner, seen_NSW.repeat_interleave(samples, dim=0), sample_ML).view(-1, samples)
+        logprob_NS = self._logprob(captioner, seen_NSW.repeat_interleave(samples, dim=0), drawn_ML).view(-1, samples)
         weight = clip_weight(encoded.step, config.wait, config.ramp, config.weight)
         with torch.no_grad():
             scale = float(encoded.logit_scale)
@@ -141,28 +142,22 @@ class CgtGan(nn.Module):
         return decode(following, len(seen_NSW), captioner.vocabulary, length, force_end=True, device=device).token_NL
 
     def _sampled(self, captioner: Captioner, seen_NSW: Tensor, row_N: Tensor, step: int) -> Tensor:
-        """S captions a picture, places `[M, L]`, drawn by `(seed, row, sample, step, position)`."""
+        """S captions a picture, places `[M, L]`, drawn by `(seed, row, sample, step, position)`; one at the limit has no end yet."""
         config, count = self.config, self.config.samples
         row_M = row_N.cpu().numpy().astype(np.uint64).repeat(count)
         sample_M = np.tile(np.arange(count, dtype=np.uint64), len(row_N))
         return decode(
             captioner.following(seen_NSW), len(row_M), captioner.vocabulary, min(config.max_length, captioner.max_length),
             draw=lambda position: torch.from_numpy(uniform(self.seed, row_M, sample_M, step, position)),
-            temperature=config.temperature, top_k=config.top_k, force_end=True, device=seen_NSW.device,
+            temperature=config.temperature, top_k=config.top_k, device=seen_NSW.device,
         ).token_NL  # fmt: skip
 
     def _logprob(self, captioner: Captioner, seen_MSW: Tensor, place_ML: Tensor) -> Tensor:
-        """The mean log-probability of each sample, with gradient. The end that was forced on a sample at the limit counts as its own token, or,
-        where top-k had ruled it out, as the least likely of the tokens that were left.
-        """
+        """The mean log-probability `[M]` of the tokens of each sample as they were drawn, with gradient."""
         with torch.no_grad():
             state_MLW = captioner.states(self.token_V[place_ML[:, :-1]])
         logits_MLV = captioner.head(captioner.look(seen_MSW, state_MLW)).float()
-        logprob_MLV = filtered(logits_MLV, self.config.temperature, self.config.top_k)
-        if self.config.top_k is not None:
-            least_ML1 = logprob_MLV.masked_fill(logprob_MLV == -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
-            logprob_MLV = torch.where(logprob_MLV == -torch.inf, least_ML1, logprob_MLV)
-        return mean_logprob(logprob_MLV, place_ML[:, 1:], captioner.vocabulary.eos)
+        return mean_logprob(filtered(logits_MLV, self.config.temperature, self.config.top_k), place_ML[:, 1:], captioner.vocabulary.eos)
 
     def _clip_reward(self, captioner: Captioner, place_ML: Tensor, image_ND: Tensor, target_ND: Tensor, scale: float) -> Tensor:
         """CLIP's reward of captions; M / N of them belong to each picture."""
@@ -190,6 +185,13 @@ class CgtGan(nn.Module):
     def extra_repr(self) -> str:
         """The settings: they name a run's checkpoints."""
         return repr(self.config)
+
+
+def ended(place_ML: Tensor, eos: int) -> Tensor:
+    """Captions with an end: one that has none gets it in place of its last token, as the released code has it."""
+    lacks_M1 = ~(place_ML == eos).any(dim=1, keepdim=True)
+    last_ML = torch.arange(place_ML.shape[1], device=place_ML.device) == place_ML.shape[1] - 1
+    return place_ML.masked_fill(lacks_M1 & last_ML, eos)
 
 
 class Config(BaseConfig):
