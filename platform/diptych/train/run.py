@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
-from diptych.train import sync, towers, validate
-from diptych.train.checkpoint import Checkpoints, TrainState
+from diptych.train import sharding, sync, towers, validate
+from diptych.train.checkpoint import Checkpoints, TrainState, is_shared_out
 from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
 from diptych.train.contrastive import Contrastive
@@ -123,9 +123,11 @@ def train(
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
         _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed))
-        state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps)
+        state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps, device)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
+        if build_batch_size is not None and config.parallel == "fsdp":
+            raise ConfigError.at("A growing batch needs whole gradients", "parallel", "fsdp", "ddp, every worker holding the whole model")
         growth = None if build_batch_size is None else Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
         identity = made_of | _recipe(config, state) | ({} if growth is None else {"batch_size": repr(growth.batch_size)})
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
@@ -217,13 +219,20 @@ def _first_state(
     config: TrainConfig,
     world: int,
     total_steps: int,
+    device: str = "cpu",
 ) -> TrainState:
     """The state of step 0, equal on all ranks."""
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
+    shared = config.parallel == "fsdp" and world > 1
+    if shared:
+        sharding.shard(model, world, device)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     scales = None if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
-    optimizer = build_optimizer(parameter_groups(trained, config.no_decay, scales))
+    groups = parameter_groups(trained, config.no_decay, scales)
+    optimizer = build_optimizer(sharding.split(groups) if shared else groups)
+    if shared:
+        sharding.refuse_optimizer(optimizer)
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"] * group.get("layer_scale", 1.0)
     towers.refuse_second_derivatives(config, optimizer)
@@ -324,8 +333,12 @@ def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) ->
     from diptych.models import clip
 
     _refuse_short_run(state, run.total_steps * run.config.batch_size)
+    weights = sharding.whole(state.model.state_dict()) if is_shared_out(state) else None
     if run.rank == 0:
         model: Any = state.model if state.ema is None else state.ema.model
+        if weights is not None:
+            model = clip.create(str(identity["model"] if identity["init"] == "random" else identity["init"]), run.seed).to(run.device)
+            model.load_state_dict(weights)
         chosen = int(state.best.get("step", state.step))
         if chosen != state.step:
             folder = run.checkpoints.of_step(chosen)
