@@ -83,7 +83,8 @@ def fit(run: Run, state: TrainState) -> Record:
         return _fit(run, state, batches)
     finally:
         batches.close()  # ends its threads
-        run.checkpoints.wait()
+        with run.clock("checkpoint"):
+            run.checkpoints.wait()
 
 
 def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> Record:
