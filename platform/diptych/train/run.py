@@ -117,8 +117,7 @@ def train(
         torch.manual_seed(seed)
         objective = build_objective()
         wants = Wants.of(objective)
-        rows = _rows(dataset, split, config, wants.columns)
-        place = {"seed": seed, "rank": rank, "world": world}
+        rows, place = _rows(dataset, split, config, wants.columns), {"seed": seed, "rank": rank, "world": world}
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
@@ -126,30 +125,39 @@ def train(
         state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps, device)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
-        if build_batch_size is not None and config.parallel == "fsdp":
-            raise ConfigError.at("A growing batch needs whole gradients", "parallel", "fsdp", "ddp, every worker holding the whole model")
-        growth = None if build_batch_size is None else Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
+        growth = _growth(build_batch_size, config, state)
         identity = made_of | _recipe(config, state) | ({} if growth is None else {"batch_size": repr(growth.batch_size)})
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
-        if config.compile:
-            towers.compiled(model, device)
-        task = Contrastive(state.model, state.objective, config.accumulate, precision)
+        task, schedule = _task(state, config, precision, device), config.schedule.build(state.optimizer.defaults["lr"], total_steps)
         run = Run(
-            task=task,
-            loader=loader,
-            schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
-            config=config,
-            total_steps=total_steps, seed=seed, log=scratch / "steps.jsonl", checkpoints=checkpoints,
-            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, should_save=should_save,
+            task, loader, schedule, config, total_steps, seed, scratch / "steps.jsonl", checkpoints, rank, world, device,
+            on_log=on_log, should_stop=should_stop, should_save=should_save,
             growth=growth, validation=_validation(dataset, config, task, place, device),
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
             _finish(state, run, out, identity)
         return _summary(run, state, record, resumed_from)
+
+
+def _growth(build_batch_size: Callable[[], BatchSize] | None, config: TrainConfig, state: TrainState) -> Growth | None:
+    """What lets the batch grow, if anything does."""
+    if build_batch_size is None:
+        return None
+    if config.parallel == "fsdp":
+        raise ConfigError.at("A growing batch needs whole gradients", "parallel", "fsdp", "ddp, every worker holding the whole model")
+    return Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
+
+
+def _task(state: TrainState, config: TrainConfig, precision: str, device: str) -> Contrastive:
+    """The training task, with compiled towers if they are asked for: after everything was copied that is to be copied."""
+    if config.compile:
+        model: Any = state.model
+        towers.compiled(model, device)
+    return Contrastive(state.model, state.objective, config.accumulate, precision)
 
 
 def parameter_groups(
