@@ -1,8 +1,9 @@
 """CPU time of a training step beside open_clip_train's `train_one_epoch`: the same model, weights, pictures and captions.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--cases small nano-16 …]
 
-Captions have 12 to 20 tokens, mean 16. The data lie in memory on both sides, so that only the loops are compared: the peer gets
+Three models: a small tower of patch 32 at batch 64, whose captions have 12 to 20 tokens, mean 16; and, at batch 256, `vit-nano-64` and
+`vit-small-32-224` (a ViT-S/32), each with captions of 16 tokens and with captions that fill the context of 77. The data lie in memory on both sides, so that only the loops are compared: the peer gets
 normalised floats and 77 ids, as its loader delivers them, ours uint8 and captions cut to the longest of the batch.
 """
 
@@ -14,13 +15,14 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from diptych.models.clip import DualEncoder, build
+from diptych.models.clip import DualEncoder, build, create
 from diptych.models.tokenizer import EOT, SOT
 from diptych.objectives.clip import Clip
 from diptych.optimizers.adamw import Config as AdamW
@@ -31,24 +33,50 @@ from diptych.train.loader import Batch
 from diptych.train.loop import Run, fit
 from diptych.train.run import fixed_arithmetic, parameter_groups
 
-BATCH, STEPS, ROUNDS, SIZE, CONTEXT = 64, 4, 5, 224, 77
-LR, WARMUP, TARGET = 1e-3, 2, 1.5
-CONFIG = {
+LR, WARMUP = 1e-3, 2
+SMALL = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 32},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
+    "vision_cfg": {"image_size": 224, "layers": 4, "width": 128, "head_width": 32, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
 }
 
 
-def data() -> list[dict[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Case:
+    """A model and its batches; captions have from `shortest` to `longest` tokens."""
+
+    model: str
+    batch: int
+    steps: int
+    rounds: int
+    shortest: int
+    longest: int
+    target: float
+
+    def build(self) -> DualEncoder:
+        """The model with its first weights."""
+        return build(SMALL) if self.model == "small" else create(self.model, 0)
+
+
+CASES = {
+    "small": Case("small", 64, 4, 5, 12, 20, 1.5),
+    "nano-16": Case("vit-nano-64", 256, 2, 3, 16, 16, 1.2),
+    "nano-77": Case("vit-nano-64", 256, 2, 3, 77, 77, 0.98),
+    "s32-16": Case("vit-small-32-224", 256, 1, 2, 16, 16, 1.2),
+    "s32-77": Case("vit-small-32-224", 256, 1, 2, 77, 77, 0.98),
+}
+"""With full captions there is nothing to cut: the loops should then cost the same."""
+
+
+def data(case: Case, model: DualEncoder) -> list[dict[str, torch.Tensor]]:
     """Batches of noise pictures and random captions."""
     rng = np.random.default_rng(0)
     batches = []
-    for _ in range(STEPS):
-        text_NL = np.zeros((BATCH, CONTEXT), dtype=np.int64)
-        for row, length in enumerate(rng.integers(12, 21, BATCH)):
+    for _ in range(case.steps):
+        text_NL = np.zeros((case.batch, model.context_length), dtype=np.int64)
+        for row, length in enumerate(rng.integers(case.shortest, case.longest + 1, case.batch)):
             text_NL[row, :length] = [SOT, *rng.integers(300, 40_000, length - 2), EOT]
-        image_NCHW = rng.integers(0, 256, (BATCH, 3, SIZE, SIZE), dtype=np.uint8)
+        image_NCHW = rng.integers(0, 256, (case.batch, 3, model.image_size, model.image_size), dtype=np.uint8)
         batches.append({"image_NCHW": torch.from_numpy(image_NCHW), "text_NL": torch.from_numpy(text_NL)})
     return batches
 
@@ -64,9 +92,8 @@ class NoCheckpoints(Checkpoints):
 class Memory:
     """Our loader's face on batches in memory."""
 
-    steps_per_epoch = STEPS
-
     def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.steps_per_epoch = len(batches)
         self.ready = []
         for batch in batches:
             used = int((batch["text_NL"] != 0).sum(dim=1).max())
@@ -79,7 +106,8 @@ class Memory:
 
 def ours(model: DualEncoder, batches: list[dict[str, torch.Tensor]], folder: Path) -> tuple[float, list[float]]:
     """(CPU seconds, losses) of one pass."""
-    config = TrainConfig.parse({"epochs": 1, "batch_size": BATCH, "log_every": 100, "schedule": {"warmup": WARMUP}})
+    pairs, steps = len(batches[0]["text_NL"]), len(batches)
+    config = TrainConfig.parse({"epochs": 1, "batch_size": pairs, "log_every": 100, "schedule": {"warmup": WARMUP}})
     objective, losses = Clip(), []
     optimizer = AdamW(lr=LR).build(parameter_groups(model.named_parameters()))
     for group in optimizer.param_groups:
@@ -88,7 +116,7 @@ def ours(model: DualEncoder, batches: list[dict[str, torch.Tensor]], folder: Pat
     task = Contrastive(model, objective)
     objective.register_forward_hook(lambda _module, _args, output: losses.append(output["loss"].detach()))
     loader: Any = Memory(batches)
-    run = Run(task, loader, config.schedule.build(LR, STEPS), config, STEPS, 0, folder / "steps.jsonl", NoCheckpoints(folder, {}))
+    run = Run(task, loader, config.schedule.build(LR, steps), config, steps, 0, folder / "steps.jsonl", NoCheckpoints(folder, {}))
     started = time.process_time()
     with fixed_arithmetic(1):
         fit(run, state)
@@ -112,19 +140,18 @@ def peer(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> tupl
     loss.register_forward_hook(lambda _module, _args, output: losses.append(output["contrastive_loss"].detach()))
     args = argparse.Namespace(
         device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=False, grad_clip_norm=None, horovod=False,
-        batch_size=BATCH, world_size=1, log_every_n_steps=100, wandb=False, rank=0, local_rank=0, log_local=False,
+        batch_size=loader.num_samples // loader.num_batches, world_size=1, log_every_n_steps=100, wandb=False, rank=0, local_rank=0, log_local=False,
     )  # fmt: skip
     started = time.process_time()
-    train_one_epoch(model, {"train": loader}, loss, 0, optimizer, None, cosine_lr(optimizer, LR, WARMUP, STEPS), None, args)
+    train_one_epoch(model, {"train": loader}, loss, 0, optimizer, None, cosine_lr(optimizer, LR, WARMUP, loader.num_batches), None, args)
     return time.process_time() - started, [float(value) for value in losses]
 
 
 class _PeerLoader:
     """open_clip_train's `DataInfo` and its loader in one."""
 
-    num_samples, num_batches = BATCH * STEPS, STEPS
-
     def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.num_samples, self.num_batches = sum(len(batch["text_NL"]) for batch in batches), len(batches)
         from diptych.models.preprocess import MEAN, STD, normalize
 
         mean, std = torch.tensor(MEAN), torch.tensor(STD)
@@ -141,26 +168,37 @@ class _PeerLoader:
         return iter(self.ready)
 
 
+def compare(name: str, case: Case, folder: Path) -> None:
+    """Runs both sides of a case in turn and prints one line."""
+    torch.manual_seed(0)
+    model = case.build()
+    batches, best = data(case, model), {"ours": float("inf"), "peer": float("inf")}
+    for _ in range(case.rounds):
+        our_s, our_losses = ours(copy.deepcopy(model), batches, folder)
+        twin: Any = copy.deepcopy(model).clip
+        twin.output_dict = True
+        peer_s, peer_losses = peer(twin.train(), batches)
+        np.testing.assert_allclose(our_losses, peer_losses, rtol=2e-4)
+        best = {"ours": min(best["ours"], our_s), "peer": min(best["peer"], peer_s)}
+    our_rate, peer_rate = (case.batch * case.steps / best[side] for side in ("ours", "peer"))
+    print(
+        f"BENCH step {name}: ours {our_rate:.1f} samples/CPU s, peer {peer_rate:.1f} samples/CPU s, ratio {our_rate / peer_rate:.2f},"
+        f" target {case.target} (batch {case.batch}, {case.shortest} to {case.longest} tokens; losses equal: {our_losses[-1]:.4f} and"
+        f" {peer_losses[-1]:.4f} after {case.steps} steps)",
+        flush=True,
+    )
+
+
 def main() -> None:
-    """Runs both, interleaved, and prints one line."""
+    """Prints one line a case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
-    torch.manual_seed(0)
-    model, batches = build(CONFIG), data()
-    best = {"ours": float("inf"), "peer": float("inf")}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(ROUNDS):
-            our_s, our_losses = ours(copy.deepcopy(model), batches, Path(folder))
-            twin: Any = copy.deepcopy(model).clip
-            twin.output_dict = True
-            peer_s, peer_losses = peer(twin.train(), batches)
-            np.testing.assert_allclose(our_losses, peer_losses, rtol=2e-4)
-            best = {"ours": min(best["ours"], our_s), "peer": min(best["peer"], peer_s)}
-    our_rate, peer_rate = (BATCH * STEPS / best[name] for name in ("ours", "peer"))
-    print(
-        f"BENCH step: ours {our_rate:.1f} samples/CPU s, peer {peer_rate:.1f} samples/CPU s, ratio {our_rate / peer_rate:.2f}, target {TARGET}"
-        f" (losses equal: {our_losses[-1]:.4f} and {peer_losses[-1]:.4f} after {STEPS} steps)"
-    )
+        for name in options.cases:
+            compare(name, CASES[name], Path(folder))
 
 
 if __name__ == "__main__":

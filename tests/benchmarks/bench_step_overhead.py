@@ -40,7 +40,7 @@ from diptych.train.run import fixed_arithmetic, parameter_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
-ROUNDS, LR = 3, 1e-3
+ROUNDS, LR = 5, 1e-3
 OVERHEAD, SPEEDUP = 1.02, 1.7
 
 

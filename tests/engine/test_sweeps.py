@@ -88,3 +88,12 @@ def test_a_search_goes_around_failures(tmp_path: Path, table: sweeps.Table) -> N
         rows = run(square, table, session, None, search="random", trials=8)
     assert {row["setting"]["x"] for row in rows if row["status"] == "done"} <= {0, 2}
     assert all(row["setting"]["x"] == 1 for row in rows if row["status"] == "error")
+
+
+def test_slices_share_out_the_settings_and_the_arms() -> None:
+    settings = [{"arm": arm, "seed": seed} for seed in range(3) for arm in ("base", "method")]
+    for slices in (1, 2, 4, 6):
+        parts = [sweeps.dealt(settings, number, slices) for number in range(slices)]
+        assert sorted(str(setting) for part in parts for setting in part) == sorted(map(str, settings))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert {setting["arm"] for setting in sweeps.dealt(settings, 0, 2)} == {"base", "method"}

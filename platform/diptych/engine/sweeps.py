@@ -139,7 +139,7 @@ def _grid(evaluate: Evaluate, settings: Sequence[Setting], table: Table, session
 
     def trial(config: Mapping[str, Any]) -> None:
         work, points = ray.get(shared)
-        for setting in points[config["slice"] :: slices]:
+        for setting in dealt(points, config["slice"], slices):
             if digest.of_plain(setting) not in table.rows():  # a slice whose worker was lost goes on where it stopped
                 _evaluate_one(work, setting, table)
         tune.report({"finished": 1})
@@ -147,6 +147,11 @@ def _grid(evaluate: Evaluate, settings: Sequence[Setting], table: Table, session
     for result in _tuner(trial, {"slice": tune.grid_search(list(range(slices)))}, scratch, tune.TuneConfig()).fit():
         if result.error is not None:
             raise result.error
+
+
+def dealt(settings: Sequence[Setting], number: int, slices: int) -> list[Setting]:
+    """One slice of a grid. Rows of settings are shifted against each other, so that no slice gets all of one arm of a claim."""
+    return [setting for place, setting in enumerate(settings) if (place + place // slices) % slices == number]
 
 
 def _search(

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from diptych.core.errors import ConfigError, DataError, Problem, shorten
+from diptych.train import sharding
 from diptych.train.ema import Ema
 
 FORMAT = 1
@@ -54,6 +55,11 @@ class TrainState:
     def counters(self) -> dict[str, Any]:
         """What is no tensor, as plain data."""
         return {name: getattr(self, name) for name in COUNTERS}
+
+
+def is_shared_out(state: TrainState) -> bool:
+    """Whether the model's weights are shared out over the workers (`sharding.py`)."""
+    return any(sharding.is_sharded(parameter) for parameter in state.model.parameters())
 
 
 COUNTERS = ("step", "samples_seen", "growth", "best", "healthy_step", "spread")
@@ -89,8 +95,10 @@ class Checkpoints:
     identity: Mapping[str, Any]
     _writer: _Writer = field(default_factory=_Writer, repr=False, compare=False)
 
-    def save(self, state: TrainState, *, later: bool = False) -> Path:
+    def save(self, state: TrainState, *, later: bool = False, write: bool = True) -> Path:
         """Writes a checkpoint under a temporary name, makes it durable, renames it, and removes those that are not kept.
+
+        Where weights are shared out over the workers, all of them call it, and one with `write`.
 
         With `later` a copy of the state is made in memory and written by a thread while training goes on; it waits for the one before
         it. What goes wrong in the thread is raised by the next call, or by `wait`.
@@ -99,6 +107,10 @@ class Checkpoints:
         parts: dict[str, Mapping[str, Any]] = {name: module.state_dict() for name, module in _modules(state)}
         parts |= {"objective.pt": state.objective.state_dict(), "optimizer.pt": state.optimizer.state_dict()}
         counters = json.loads(json.dumps(state.counters()))
+        if is_shared_out(state):
+            parts = sharding.whole(parts)
+        if not write:
+            return self._path(state.step)
         if later:
             copies: dict[Any, Tensor] = {}
             parts = _copied(parts, copies)
@@ -176,10 +188,15 @@ class Checkpoints:
             if name not in record["size_bytes"]:
                 raise DataError.at("The checkpoint lacks a part of this run", path, sorted(record["size_bytes"]), name)
         device = next(state.model.parameters()).device
+        shared = is_shared_out(state)
         for name, module in _modules(state):
-            load_model(module, path / name, strict=True, device=str(device))
+            if shared:
+                sharding.load(module, load_file(path / name, device=str(device)))
+            else:
+                load_model(module, path / name, strict=True, device=str(device))
         state.objective.load_state_dict(torch.load(path / "objective.pt", map_location=device, weights_only=True))
-        state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
+        moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        state.optimizer.load_state_dict(sharding.optimizer_state(state.optimizer, moments) if shared else moments)
         for name in COUNTERS:
             setattr(state, name, record.get(name, getattr(state, name)))
 

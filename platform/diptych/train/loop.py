@@ -19,8 +19,8 @@ from torch import Tensor
 
 from diptych.core import chance
 from diptych.core.points import TrainingTask
-from diptych.train import best, curvature, sync
-from diptych.train.checkpoint import Checkpoints, TrainState
+from diptych.train import best, curvature, sharding, sync
+from diptych.train.checkpoint import Checkpoints, TrainState, is_shared_out
 from diptych.train.clock import Clock
 from diptych.train.config import TrainConfig
 from diptych.train.health import Watch
@@ -83,13 +83,15 @@ def fit(run: Run, state: TrainState) -> Record:
         return _fit(run, state, batches)
     finally:
         batches.close()  # ends its threads
-        run.checkpoints.wait()
+        with run.clock("checkpoint"):
+            run.checkpoints.wait()
 
 
 def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> Record:
     config, clock, optimizer = run.config, run.clock, state.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     backward = curvature.backward(optimizer, run.task, run.seed)
+    shared = is_shared_out(state)
     watch = Watch(state, run.checkpoints, run.rank, run.world)
     saved_at, saved_step, logged_step, stop = time.monotonic(), -1, state.step, False
     record = truncate_log(run, state.step)
@@ -99,11 +101,7 @@ def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> 
 
         with clock("step"):
             torch.manual_seed(int(chance.mix(run.seed, state.step, run.rank)) >> 1)
-            lr = run.schedule(state.step)
-            if run.growth is not None:
-                lr *= run.growth.lr_factor(state)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+            lr = _set_lr(run, state)
             optimizer.zero_grad(set_to_none=True)
             losses = backward(tensors, state.step)
 
@@ -147,10 +145,18 @@ def _fit(run: Run, state: TrainState, batches: Generator[Batch, None, None]) -> 
             with clock("checkpoint"):
                 if config.keep_best is not None and (state.step == run.total_steps or is_due_by_steps(config, state.step, taken)):
                     best.compete(state.best, state.step, config.keep_best)
-                if run.rank == 0:
-                    run.checkpoints.save(state, later=config.checkpoint_async)
+                if run.rank == 0 or shared:
+                    run.checkpoints.save(state, later=config.checkpoint_async, write=run.rank == 0)
                 saved_at, saved_step = time.monotonic(), state.step
     return record
+
+
+def _set_lr(run: Run, state: TrainState) -> float:
+    """Sets the learning rates of the next update; that of a group without a scale of its own."""
+    lr = run.schedule(state.step) * (1.0 if run.growth is None else run.growth.lr_factor(state))
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
 
 
 def _asked(question: Callable[[], bool] | None) -> bool:
@@ -169,9 +175,9 @@ def _validated(run: Run, step: int, taken: int) -> Record:
 def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
     """The L2 norm of all gradients together, before they are scaled down to `max_norm` where it is exceeded."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = sharding.total_norm(gradients)
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        sharding.scale_down(parameters, max_norm, norm)
     return float(norm)
 
 

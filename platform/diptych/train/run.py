@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
-from diptych.train import sync, towers, validate
-from diptych.train.checkpoint import Checkpoints, TrainState
+from diptych.train import sharding, sync, towers, validate
+from diptych.train.checkpoint import Checkpoints, TrainState, is_shared_out
 from diptych.train.clock import ADVICE
 from diptych.train.config import TrainConfig
 from diptych.train.contrastive import Contrastive
@@ -118,38 +118,48 @@ def train(
         torch.manual_seed(seed)
         objective = build_objective()
         wants = Wants.of(objective)
-        rows = _rows(dataset, split, config, wants.columns)
-        place = {"seed": seed, "rank": rank, "world": world}
+        rows, place = _rows(dataset, split, config, wants.columns), {"seed": seed, "rank": rank, "world": world}
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
         context = TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed, partial(_captions, rows))
         _start(objective, context)
-        state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps)
+        state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps, device)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
-        growth = None if build_batch_size is None else Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
+        growth = _growth(build_batch_size, config, state)
         identity = made_of | _recipe(config, state) | ({} if growth is None else {"batch_size": repr(growth.batch_size)})
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
         _resume(checkpoints, state, world)
         resumed_from = state.step
         loader.check(state.step)
-        if config.compile:
-            towers.compiled(model, device)
-        task = Contrastive(state.model, state.objective, config.accumulate, precision)
+        task, schedule = _task(state, config, precision, device), config.schedule.build(state.optimizer.defaults["lr"], total_steps)
         run = Run(
-            task=task,
-            loader=loader,
-            schedule=config.schedule.build(state.optimizer.defaults["lr"], total_steps),
-            config=config,
-            total_steps=total_steps, seed=seed, log=scratch / "steps.jsonl", checkpoints=checkpoints,
-            rank=rank, world=world, device=device, on_log=on_log, should_stop=should_stop, should_save=should_save,
+            task, loader, schedule, config, total_steps, seed, scratch / "steps.jsonl", checkpoints, rank, world, device,
+            on_log=on_log, should_stop=should_stop, should_save=should_save,
             growth=growth, validation=_validation(dataset, config, task, place, device),
         )  # fmt: skip
         record = fit(run, state)
         if state.step == total_steps:
             _finish(state, run, out, identity)
         return _summary(run, state, record, resumed_from)
+
+
+def _growth(build_batch_size: Callable[[], BatchSize] | None, config: TrainConfig, state: TrainState) -> Growth | None:
+    """What lets the batch grow, if anything does."""
+    if build_batch_size is None:
+        return None
+    if config.parallel == "fsdp":
+        raise ConfigError.at("A growing batch needs whole gradients", "parallel", "fsdp", "ddp, every worker holding the whole model")
+    return Growth(build_batch_size(), config.batch_size, optimizer=state.optimizer)
+
+
+def _task(state: TrainState, config: TrainConfig, precision: str, device: str) -> Contrastive:
+    """The training task, with compiled towers if they are asked for: after everything was copied that is to be copied."""
+    if config.compile:
+        model: Any = state.model
+        towers.compiled(model, device)
+    return Contrastive(state.model, state.objective, config.accumulate, precision)
 
 
 def parameter_groups(
@@ -219,13 +229,20 @@ def _first_state(
     config: TrainConfig,
     world: int,
     total_steps: int,
+    device: str = "cpu",
 ) -> TrainState:
     """The state of step 0, equal on all ranks."""
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
+    shared = config.parallel == "fsdp" and world > 1
+    if shared:
+        sharding.shard(model, world, device)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     scales = None if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
-    optimizer = build_optimizer(parameter_groups(trained, config.no_decay, scales))
+    groups = parameter_groups(trained, config.no_decay, scales)
+    optimizer = build_optimizer(sharding.split(groups) if shared else groups)
+    if shared:
+        sharding.refuse_optimizer(optimizer)
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / optimizer.defaults["lr"] * group.get("layer_scale", 1.0)
     towers.refuse_second_derivatives(config, optimizer)
@@ -332,8 +349,12 @@ def _finish(state: TrainState, run: Run, out: Path, identity: dict[str, Any]) ->
     from diptych.models import clip
 
     _refuse_short_run(state, run.total_steps * run.config.batch_size)
+    weights = sharding.whole(state.model.state_dict()) if is_shared_out(state) else None
     if run.rank == 0:
         model: Any = state.model if state.ema is None else state.ema.model
+        if weights is not None:
+            model = clip.create(str(identity["model"] if identity["init"] == "random" else identity["init"]), run.seed).to(run.device)
+            model.load_state_dict(weights)
         chosen = int(state.best.get("step", state.step))
         if chosen != state.step:
             folder = run.checkpoints.of_step(chosen)

@@ -13,12 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diptych.train.sharding import is_sharded
+
 BUCKET_BYTES = 1 << 25
 
 
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
-    """Replaces the gradients by their mean over the ranks. Parameters without a gradient must be the same ones on every rank."""
-    average([parameter.grad for parameter in parameters if parameter.grad is not None], world)
+    """Replaces the gradients by their mean over the ranks. Parameters without a gradient must be the same ones on every rank.
+
+    Those of weights that are shared out (`sharding.py`) come averaged and are left alone.
+    """
+    average([parameter.grad for parameter in parameters if parameter.grad is not None and not is_sharded(parameter)], world)
 
 
 def average(tensors: Iterable[Tensor], world: int) -> None:
