@@ -73,6 +73,7 @@ TABLE: tuple[Row, ...] = (
     Row("vr-lwf", "objective", "diptych.objectives.vr_lwf:Config", "Objective", "Don't Stop Learning: Towards Continual Learning for the CLIP Model (2022)", "new classes, while similarities to random sentences stay as they were"),
     Row("coca", "objective", "diptych.objectives.coca:Config", "Objective", "CoCa (TMLR 2022)", "caption and contrast: trains a captioner, with pictures hidden for guidance"),
     Row("cgt-gan", "objective", "diptych.objectives.cgt_gan:Config", "Objective", "CgT-GAN: CLIP-guided Text GAN for Image Captioning (ACM MM 2023)", "a captioner from unpaired pictures and sentences, rewarded by CLIP and a discriminator"),
+    Row("dc-clip", "objective", "diptych.objectives.dc_clip:Config", "Objective", "DC-CLIP: Multilingual CLIP Compression (Pattern Recognition 2025)", "each tower learns a teacher's feature maps by itself, before both are aligned"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     Row("sgdp", "optimizer", "diptych.optimizers.sgdp:Config", "Optimizer", "AdamP (ICLR 2021)", "SGD with momentum, without the radial part of the step"),

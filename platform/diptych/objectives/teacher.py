@@ -109,7 +109,7 @@ class Teacher:
 
         `encoded` tells the loop's precision and micro-batches; without it: float32, all at once.
         """
-        return self._encode(lambda part: self.model.encode_image(self._resized(part), normalize=normalize), image_NCHW, encoded)
+        return self._encode(lambda part: self.model.encode_image(self.resized(part), normalize=normalize), image_NCHW, encoded)
 
     def encode_text(self, text_NL: Tensor, encoded: Encoded | None = None, normalize: bool = True) -> Tensor:
         """Features of captions in the student's token ids, which are the teacher's own."""
@@ -123,7 +123,7 @@ class Teacher:
             feature_ND = torch.cat([encode(part) for part in inputs.chunk(parts)])
         return feature_ND.to(torch.promote_types(feature_ND.dtype, torch.float32))
 
-    def _resized(self, image_NCHW: Tensor) -> Tensor:
+    def resized(self, image_NCHW: Tensor) -> Tensor:
         """The pictures in the teacher's size, antialiased, in whole grey levels as a decoder gives them."""
         size = getattr(self.model, "image_size", None)
         if size is None or image_NCHW.shape[-1] == size:
