@@ -122,16 +122,15 @@ def train(
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
-        context = TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed, partial(_captions, rows))
-        _start(objective, context)
+        captions = partial(_captions, rows)
+        _start(objective, TrainContext(model, model.tokenizer, rows.height, names, total_steps, rank, world, device, seed, captions))
         state = _first_state(model, objective.to(device), build_optimizer, config, world, total_steps, device)
         precision = resolved_precision(config.precision, device)
         made_of = {"dataset": dataset.digest, "split": split, "model": model_name, "init": init, "seed": seed, "precision": precision}
         growth = _growth(build_batch_size, config, state)
         identity = made_of | _recipe(config, state) | ({} if growth is None else {"batch_size": repr(growth.batch_size)})
         checkpoints = Checkpoints(scratch / "checkpoints", identity)
-        _resume(checkpoints, state, world)
-        resumed_from = state.step
+        resumed_from = _resume(checkpoints, state, world)
         loader.check(state.step)
         task, schedule = _task(state, config, precision, device), config.schedule.build(state.optimizer.defaults["lr"], total_steps)
         run = Run(
@@ -328,13 +327,14 @@ def _recipe(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     }
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, world: int) -> None:
-    """Continues from the newest checkpoint, if there is one; all ranks from the one that rank 0 finds."""
+def _resume(checkpoints: Checkpoints, state: TrainState, world: int) -> int:
+    """Continues from the newest checkpoint, if there is one; all ranks from the one that rank 0 finds. The step that it goes on from."""
     found: list[Path | None] = [checkpoints.latest()]
     if world > 1:
         torch.distributed.broadcast_object_list(found, src=0)
     if found[0] is not None:
         checkpoints.restore(found[0], state)
+    return state.step
 
 
 def _refuse_short_run(state: TrainState, planned: int) -> None:
