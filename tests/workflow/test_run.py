@@ -229,3 +229,11 @@ def test_compressors_see_as_many_pairs_as_they_ask_for_and_their_model_is_measur
     small = next((project / "runs").glob("small+*/compress"))
     assert sum(p.numel() for p in clip.load(small).parameters()) == report["flap"]["after"]["parameters"]
     assert changed.figures["evaluate"]["metrics"] != done.figures["evaluate"]["metrics"]
+
+
+def test_a_folder_of_a_workflows_name_is_not_taken_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "mine.yaml").write_text("")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Project(tmp_path).workflow_path("mine") == tmp_path / "workflows" / "mine.yaml"

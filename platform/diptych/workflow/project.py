@@ -47,7 +47,7 @@ class Project:
     def workflow_path(self, name: str) -> Path:
         """The file of a workflow given by name or path."""
         path = Path(name)
-        if path.suffix in (".yaml", ".yml") or path.exists():
+        if path.suffix in (".yaml", ".yml") or path.is_file():
             return path.resolve()
         for folder in (self.root / "workflows", self.root / "workflows" / "claims"):
             if (folder / f"{name}.yaml").exists():
