@@ -84,8 +84,8 @@ def data(case: Case, model: DualEncoder) -> list[dict[str, torch.Tensor]]:
 class NoCheckpoints(Checkpoints):
     """The peer's loop writes none either."""
 
-    def save(self, state: TrainState, *, later: bool = False) -> Path:
-        del state, later
+    def save(self, state: TrainState, *, later: bool = False, write: bool = True) -> Path:
+        del state, later, write
         return self.folder
 
 
