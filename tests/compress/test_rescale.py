@@ -38,6 +38,15 @@ def test_seeds_name_the_draws_and_one_tower_can_be_left_alone() -> None:
     assert torch.equal(states[0]["clip.visual.transformer.resblocks.0.ln_1.weight"], torch.ones(64))
 
 
+def test_one_factor_a_layer_keeps_the_order_of_its_weights() -> None:
+    model, plain = clip.create("digits-16", 0), clip.create("digits-16", 0)
+    Config(per="layer").build().compress(model, ())
+    name = "clip.visual.transformer.resblocks.0.attn.in_proj_weight"
+    ratio = model.state_dict()[name] / plain.state_dict()[name]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0, 0].item()))
+    assert abs(ratio[0, 0].item() - 1) > 0.01
+
+
 def test_a_tower_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="no transformer blocks"):
         Config().build().compress(clip.create("rn-nano-64", 0), ())

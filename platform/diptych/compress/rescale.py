@@ -25,6 +25,9 @@ class Config(BaseConfig):
 
     method: Literal["rescale"] = "rescale"
     spread: float = Field(1.0, ge=0, le=5, description="standard deviation of the factors' logarithm")
+    per: Literal["channel", "layer"] = Field(
+        "channel", description="one factor for each channel, or one for all channels in front of a matrix"
+    )
     towers: Literal["both", "image", "text"] = Field("both", description="which towers are rescaled")
     seed: int = Field(0, ge=0, lt=2**63, description="names the draws")
 
@@ -49,7 +52,8 @@ class Rescale:
                 module, leaf, _ = found.qkv
                 for norm, weight in zip(_norms(block, name), (getattr(module, leaf), found.inner.weight), strict=True):
                     draws = generator(self.config.seed, "rescale", f"{name}.{leaf if weight is not found.inner.weight else 'mlp'}")
-                    factor_I = torch.from_numpy(draws.standard_normal(weight.shape[1])).mul(self.config.spread).exp().to(weight)
+                    count = weight.shape[1] if self.config.per == "channel" else 1
+                    factor_I = torch.from_numpy(draws.standard_normal(count)).mul(self.config.spread).exp().to(weight)
                     norm.weight.mul_(factor_I)
                     norm.bias.mul_(factor_I)
                     weight.div_(factor_I)
