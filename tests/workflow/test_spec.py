@@ -11,6 +11,7 @@ from tests.workflow.conftest import WORKFLOW, write_workflow
 
 from diptych.core.errors import ConfigError, ResourceError
 from diptych.workflow import identity, spec, yaml
+from diptych.workflow.project import Project
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +133,12 @@ def test_every_shipped_workflow_is_valid_and_listed(path: Path) -> None:
     assert workflow.name == path.stem
     listed = yaml.read(ROOT / "dvc.yaml")["vars"][0]["workflows"]
     assert path.stem in listed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows" / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_valid_and_found_by_its_name(path: Path) -> None:
+    assert spec.load(path).name == path.stem
+    assert Project(ROOT).workflow_path(path.stem) == path
 
 
 def test_a_growing_batch_is_checked_and_counts_for_the_identity() -> None:

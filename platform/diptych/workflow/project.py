@@ -49,7 +49,8 @@ class Project:
         path = Path(name)
         if path.suffix in (".yaml", ".yml") or path.is_file():
             return path.resolve()
-        for folder in (self.root / "workflows", self.root / "workflows" / "claims"):
-            if (folder / f"{name}.yaml").exists():
-                return folder / f"{name}.yaml"
+        for folder in ("", "claims", "examples"):
+            file = self.root / "workflows" / folder / f"{name}.yaml"
+            if file.exists():
+                return file
         return self.root / "workflows" / f"{name}.yaml"
