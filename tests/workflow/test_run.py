@@ -156,6 +156,31 @@ def test_a_training_axis_trains_each_setting_and_optuna_proposes(project: Path) 
     assert len(set(trained)) == 2
 
 
+def test_an_axis_of_any_phase_makes_its_settings_anew(project: Path) -> None:
+    sweep = {
+        "space": {"compress.magnitude.sparsity": [0.0, 0.9], "prune.concept-pruning.keep": [0.5, 0.9]},
+        "metric": "digits/zero-shot/log_loss",
+        "mode": "min",
+        "choose_on": "train",
+        "pareto": {"compress.magnitude.sparsity": "max", "digits/zero-shot/acc1": "max"},
+    }
+    changed = {**WORKFLOW, "compress": [{"method": "magnitude"}], "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}}
+    write_workflow(project / "workflows", changed)
+    outcome = go(project)
+    table = pl.read_parquet(project / "runs/small/evaluate/sweep.parquet").filter(pl.col("metric") == "digits/zero-shot/log_loss")
+    assert table["value"].n_unique() == 4
+    assert (table["low"] < table["value"]).all()
+    assert (table["value"] < table["high"]).all()
+    zeros = {
+        record["params"]["compress"][0]["sparsity"]: record["figures"]["report"]["magnitude"]["overall"]
+        for record in map(json.loads, (path.read_text() for path in (project / "runs").glob("small+*/.records/compress.json")))
+    }
+    assert zeros[0.9] == pytest.approx(0.9, abs=0.01)
+    assert zeros[0.0] < 0.1
+    assert "Pareto front" in (project / "runs/small/report.html").read_text()
+    assert outcome.figures["evaluate"]["sweep"]["tried"] == 4
+
+
 def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
     pytest.importorskip("PIL")
     from diptych.cli.main import main

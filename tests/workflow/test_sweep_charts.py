@@ -55,7 +55,29 @@ def test_the_front_is_drawn_where_two_figures_are_named(tmp_path: Path) -> None:
     settings = [{"sparsity": 0.1 * i} for i in range(7)]
     found = read(tmp_path, settings, pareto={"sparsity": "max", "s/z/loss": "min"})
     assert "Pareto front" in found.pareto_chart()
+    assert "<path" not in found.pareto_chart()
     assert read(tmp_path, settings).pareto_chart() == ""
+
+
+def test_intervals_are_drawn_through_the_points_and_fit_into_the_picture(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"{i}" + "0" * 63, "status": "done", "setting": {"compress.magnitude.sparsity": 0.2 * i}, "error": "",
+            "metrics": {"s/z/acc1": 0.9 - 0.1 * i, "s/z/acc1/low": 0.8 - 0.1 * i, "s/z/acc1/high": 0.95 - 0.1 * i},
+        }
+        for i in range(4)
+    ]  # fmt: skip
+    sweep.table(rows).write_parquet(tmp_path / "sweep.parquet")
+    assert set(sweep.table(rows)["metric"]) == {"s/z/acc1"}
+    figures = {"metric": "s/z/acc1", "mode": "max", "pareto": {"compress.magnitude.sparsity": "max", "s/z/acc1": "max"}}
+    picture = ET.fromstring(
+        Sweep.read(tmp_path / "sweep.parquet", figures).pareto_chart().removeprefix("<h3>What no other setting beats in both</h3>")
+    )
+    lines = [path.get("d") for path in picture.findall("path")]
+    assert len(lines) == 4
+    ends = [float(number) for line in lines for number in line.replace("M", "").replace("L", " ").split()[1::2]]
+    assert min(ends) >= 26
+    assert max(ends) <= 220
 
 
 @pytest.mark.parametrize("sides", itertools.product(["max", "min"], repeat=2))

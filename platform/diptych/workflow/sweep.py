@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RUNGS = 4
 """Parts of a training after which ASHA compares settings."""
+LOW, HIGH = "/low", "/high"
+"""What stands behind a figure's name where its interval's ends are carried beside it."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Trial:
     cache: Path
     rungs: int
     choose_on: str
-    trains: bool
+    remakes: bool
     name: str
 
     def __call__(self, setting: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
         """The metrics of a setting on the split that the winner is chosen on."""
         for workflow, encoder, finished in self._models(setting):
-            found = values(evaluation.measure(encoder, on_split(workflow, self.choose_on), self.name, workflow.seed))
+            found = with_intervals(evaluation.measure(encoder, on_split(workflow, self.choose_on), self.name, workflow.seed))
             yield {**found, sweeps.FINISHED: float(finished)}
 
     def final(self, setting: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -64,8 +66,9 @@ class Trial:
 
     def _models(self, setting: Mapping[str, Any]) -> Iterator[tuple[spec.Workflow, evaluation.StoredEncoder, bool]]:
         workflow = self.workflow(setting)
-        for model, finished in trials.models(workflow, self.rungs) if self.trains else [(self.model, True)]:
-            yield workflow, evaluation.StoredEncoder(model, PairDataset.open(self.dataset), self.cache), finished
+        made = trials.models(workflow, self.rungs) if self.remakes else [trials.Made(self.model, self.dataset, True)]
+        for model, dataset, finished in made:
+            yield workflow, evaluation.StoredEncoder(model, PairDataset.open(dataset), self.cache), finished
 
 
 def run(bench: Bench, out: Path) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
     assert config is not None
     trial = Trial(
         dict(workflow.raw), workflow.path, bench.folder("compress").resolve(), bench.folder("ingest").resolve(), (bench.cache / "encoded").resolve(),
-        RUNGS if config.scheduler == "asha" else 1, config.choose_on, any(key.startswith("train.") for key in config.space),
+        RUNGS if config.scheduler == "asha" else 1, config.choose_on, not all(key.startswith("evaluate.") for key in config.space),
         str(workflow.source.plain()["method"]),
     )  # fmt: skip
     warm(trial, bench.session)
@@ -108,7 +111,7 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
 def warm(trial: Trial, session: Session) -> None:
     """Encodes the pictures once, before the trials share them."""
     del session
-    if not trial.trains:
+    if not trial.remakes:
         next(iter(trial({})))
 
 
@@ -121,7 +124,7 @@ def _axis(axis: tuple[Any, ...] | spec.Range) -> Any:
 
 
 def _check_metric(metric: str, rows: list[dict[str, Any]]) -> None:
-    known = sorted({name for row in rows for name in row["metrics"]})
+    known = sorted({name for row in rows for name in row["metrics"] if not name.endswith((LOW, HIGH))})
     if metric not in known:
         raise ConfigError.at(
             "The sweep's metric is not measured", "evaluate.sweep.metric", metric, f"one of {', '.join(known)}", nearest(metric, known)
@@ -138,8 +141,14 @@ def values(metrics: Any) -> dict[str, float]:
     return {key: float(entry["value"]) for key, entry in evaluation.figures(metrics).items()}
 
 
+def with_intervals(metrics: Any) -> dict[str, float]:
+    """`values`, and the ends of their intervals as `<name>/low` and `<name>/high`."""
+    ends = (("", "value"), (LOW, "low"), (HIGH, "high"))
+    return {f"{key}{end}": float(entry[part]) for key, entry in evaluation.figures(metrics).items() for end, part in ends}
+
+
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """The sweep in long form: a row a setting and metric; the axes' values as JSON."""
+    """The sweep in long form: a row a setting and metric, with its interval; the axes' values as JSON."""
     return pl.DataFrame(
         [
             {
@@ -147,9 +156,13 @@ def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
                 "status": row["status"],
                 "metric": name,
                 "value": value,
+                "low": row["metrics"].get(f"{name}{LOW}"),
+                "high": row["metrics"].get(f"{name}{HIGH}"),
                 **{key: json.dumps(v, ensure_ascii=False) for key, v in row["setting"].items()},
             }
             for row in rows
             for name, value in sorted(row["metrics"].items())
-        ]
+            if not name.endswith((LOW, HIGH))
+        ],
+        schema_overrides={"low": pl.Float64, "high": pl.Float64},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import polars as pl
 
 from diptych.workflow.charts import COLOURS
 
-OWN = ("id", "status", "metric", "value")
+OWN = ("id", "status", "metric", "value", "low", "high")
+ENDS = "ends of the intervals"
 CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 92, 26, 250
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 60, 40, 26, 40
 LABEL_CHARACTERS = 34
@@ -26,7 +27,7 @@ class Sweep:
 
     Attributes:
         axes: names of the axes.
-        rows: a mapping a setting: each axis to its value, each figure to its number.
+        rows: a mapping a setting: each axis to its value, each figure to its number, and `ENDS` to the intervals of the figures that have one.
         metric, mode: what the winner was chosen by.
         pareto: two figures or axes with their better sides, or None.
     """
@@ -45,7 +46,8 @@ class Sweep:
         rows = []
         for part in frame.partition_by("id", maintain_order=True):
             setting = {axis: _value(part[axis][0]) for axis in axes}
-            rows.append({**setting, **dict(zip(part["metric"], part["value"], strict=True))})
+            ends = {metric: (low, high) for metric, low, high in part.select("metric", "low", "high").iter_rows() if low is not None}
+            rows.append({**setting, **dict(zip(part["metric"], part["value"], strict=True)), ENDS: ends})
         return cls(axes, rows, figures["metric"], figures.get("mode", "max"), figures.get("pareto"))
 
     def best(self, count: int) -> list[tuple[float, Mapping[str, Any]]]:
@@ -107,8 +109,8 @@ class Sweep:
             return ""
         (x_name, x_side), (y_name, y_side) = self.pareto.items()
         front = pareto_front([(x, y) for x, y, _ in points], x_side, y_side)
-        x_low, x_high = min(x for x, _, _ in points), max(x for x, _, _ in points)
-        y_low, y_high = min(y for _, y, _ in points), max(y for _, y, _ in points)
+        x_low, x_high = _reach([(x, row.get(ENDS, {}).get(x_name)) for x, _, row in points])
+        y_low, y_high = _reach([(y, row.get(ENDS, {}).get(y_name)) for _, y, row in points])
 
         def at(x: float, y: float) -> tuple[float, float]:
             return (
@@ -116,12 +118,13 @@ class Sweep:
                 HEIGHT - BOTTOM - _between(y, y_low, y_high) * (HEIGHT - BOTTOM - TOP),
             )
 
+        whiskers = [_whisker(at, x, y, *(row.get(ENDS, {}).get(name) for name in (x_name, y_name))) for x, y, row in points]
         dots = [_dot(*at(x, y), index in front, f"{_said(row, self.axes)}: {x:.4g}, {y:.4g}") for index, (x, y, row) in enumerate(points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(at(points[i][0], points[i][1]) for i in front))
         labels = _text(WIDTH / 2, HEIGHT - 8, f"{x_name} ({x_low:.3g} to {x_high:.3g}), {x_side}imal is better", "middle")
         labels += _text(LEFT, 14, f"{y_name} ({y_low:.3g} to {y_high:.3g}), {y_side}imal is better")
         curve = f"<polyline class='curve' points='{line}'/>"
-        return f"<h3>What no other setting beats in both</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' role='img'><title>Pareto front</title>{labels}{curve}{''.join(dots)}</svg>"
+        return f"<h3>What no other setting beats in both</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' role='img'><title>Pareto front</title>{labels}{curve}{''.join(whiskers)}{''.join(dots)}</svg>"
 
     def _points(self) -> list[tuple[float, float, Mapping[str, Any]]]:
         if self.pareto is None:
@@ -133,6 +136,26 @@ class Sweep:
             for row in self.rows
             if isinstance(row.get(x_name), numbers) and isinstance(row.get(y_name), numbers)
         ]
+
+
+def _reach(values: Sequence[tuple[float, tuple[float, float] | None]]) -> tuple[float, float]:
+    """The least and the largest of values and the ends of their intervals."""
+    every = [each for value, ends in values for each in (value, *(ends or ()))]
+    return min(every), max(every)
+
+
+def _whisker(
+    at: Callable[[float, float], tuple[float, float]],
+    x: float,
+    y: float,
+    x_ends: tuple[float, float] | None,
+    y_ends: tuple[float, float] | None,
+) -> str:
+    """The intervals of a point as lines through it."""
+    lines = [((low, y), (high, y)) for low, high in ([x_ends] if x_ends else [])]
+    lines += [((x, low), (x, high)) for low, high in ([y_ends] if y_ends else [])]
+    drawn = [(*at(*first), *at(*last)) for first, last in lines]
+    return "".join(f"<path stroke='{COLOURS[5]}' d='M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}'/>" for x1, y1, x2, y2 in drawn)
 
 
 def pareto_front(points: Sequence[tuple[float, float]], x_side: str, y_side: str) -> list[int]:

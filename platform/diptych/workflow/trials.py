@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diptych.engine.progress import Progress
 from diptych.engine.rungs import interim_models
@@ -17,6 +17,14 @@ from diptych.workflow import phases
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PHASES, Workflow
 from diptych.workflow.store import KeyedStore
+
+
+class Made(NamedTuple):
+    """A setting's model and the pairs that it is measured on, as folders; on the way to a finished training, or finished."""
+
+    model: Path
+    dataset: Path
+    finished: bool
 
 
 def run(
@@ -37,8 +45,8 @@ def run(
     return store, figures
 
 
-def models(workflow: Workflow, rungs: int) -> Iterator[tuple[Path, bool]]:
-    """The model of a setting after each of `rungs` parts of its training, and whether it is the finished one.
+def models(workflow: Workflow, rungs: int) -> Iterator[Made]:
+    """The model of a setting after each of `rungs` parts of its training.
 
     With one rung, or when the setting was trained before, only the finished one. Two trials of one setting wait for each other.
     """
@@ -53,10 +61,10 @@ def models(workflow: Workflow, rungs: int) -> Iterator[tuple[Path, bool]]:
                     bench = phases.Bench(workflow, store.folder, session, Progress(quiet=True), scratch, project.cache)
                     job = replace(phases.training_job(bench), out=scratch / "rungs" / "model")
                     for folder in interim_models(job, rungs):
-                        yield folder, False
+                        yield Made(folder, store.folder("ingest"), False)
             # The last part runs as the phase itself, from the checkpoint, so that it is recorded like any other.
             store, _ = run(workflow, "compress")
-            yield store.folder("compress"), True
+            yield Made(store.folder("compress"), store.folder("ingest"), True)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # what a scheduler stopped early is not gone on with
 
