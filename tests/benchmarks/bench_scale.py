@@ -26,7 +26,9 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,15 +172,50 @@ def work(rows: int, folder: Path) -> dict[str, Any]:
     for phase, methods in CHAIN.items():
         before_s, before_wall_s = time.process_time(), time.monotonic()
         configs = [catalogue.config_class(catalogue.find(value["method"], phase)).parse(value) for value in scaled(methods, rows)]
-        dataset = passes.run(
+        with timed_parts() as parts:
+            dataset = passes.run(
             dataset, configs, phase, home(folder) / phase, seed=0, session=Session(in_process=True), scratch=folder / "scratch",
             code="bench", version="0", progress=Progress(quiet=True), feature_specs={"pixels": features.FeatureSpec(name="pixels")},
         )  # fmt: skip
-        taken[phase] = {"cpu_s": time.process_time() - before_s, "wall_s": time.monotonic() - before_wall_s}
+        taken[phase] = {
+            "parts": {name: round(value, 3) for name, value in sorted(parts.items())},
+            "cpu_s": time.process_time() - before_s,
+            "wall_s": time.monotonic() - before_wall_s,
+        }
         taken[phase] |= {"kept": len(dataset), "peak_mb": peak_mb()}
         for entry in dataset.manifest.ledger.left:
             taken[phase][entry.reason] = entry.count
     return taken | {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "peak_mb": peak_mb()}
+
+
+@contextmanager
+def timed_parts() -> Iterator[Counter[str]]:
+    """CPU seconds by method and part of its pass, while the block runs: what a cluster shares out, and what its driver does alone."""
+    from diptych.engine import passes
+
+    seconds: Counter[str] = Counter()
+
+    def timed(work: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            started = time.process_time()
+            result = work(*arguments)
+            seconds[name_of(*arguments)] += time.process_time() - started
+            return result
+
+        return wrapped
+
+    own = {(passes, "_assemble"): passes._assemble}
+    for task in (passes._WithFeatures, passes._FoldTask, passes._Apply, passes._Route, passes._Decide, passes._Return):
+        own[task, "__call__"] = task.__call__
+    for (place, name), work in own.items():
+        part = getattr(place, "__name__", "").rpartition(".")[2].strip("_").lower()
+        name_of = (lambda task, *_, part=part: f"{task.place.method}: {part}") if name == "__call__" else (lambda *_: "driver: write")
+        setattr(place, name, timed(work, name_of))
+    try:
+        yield seconds
+    finally:
+        for (place, name), work in own.items():
+            setattr(place, name, work)
 
 
 def scaled(methods: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
