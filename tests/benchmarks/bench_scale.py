@@ -1,6 +1,10 @@
 """Curation and pruning of 1,000,000 generated pairs beside themselves at 250,000: does time grow in step with the pairs, and memory not?
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_scale.py [--large 1000000] [--small 250000]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_scale.py --table 1000000 4000000 16000000
+
+With `--table`, any sizes: one row each, with the CPU time a pair, the largest memory, the bytes and files of the unfinished work at
+their most, and beside them what the plan (`workflow/costs.py`) had foretold from its probe. 16,000,000 pairs want about 60 GB of disk.
 
 The chain is metaclip (the shipped concepts), then semantic-dedup and concept-pruning, run by `engine/passes.py` in process, in tables of
 62,500 rows. Every size runs in a fresh process that reports its CPU seconds from the first pass on, and its largest resident memory;
@@ -20,7 +24,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +51,24 @@ CHAIN: dict[str, tuple[dict[str, Any], ...]] = {
     "prune": ({"method": "semantic-dedup", "epsilon": 0.03}, {"method": "concept-pruning", "keep": 0.8, "complexity_mean": 0.1}),
 }
 ROWS_A_THRESHOLD = 1_000
+RUN = "scale"
+TRAIN = {
+    "model": "digits-16",
+    "objective": {"method": "clip"},
+    "optimizer": {"method": "adamw", "lr": 1e-3},
+    "steps": 1,
+    "batch_size": 16,
+    "workers": 1,
+}
+"""Asked for by a workflow; never run here."""
+LOOK_S = 0.5
 
 
 # ---------------------------------------------------------------- the data
 
 
 def make(rows: int, folder: Path) -> None:
-    """Writes the pair dataset `folder/ingest`: tables that point into one small shard."""
+    """Writes the pair dataset `ingest` of a run in `folder`: tables that point into one small shard."""
     from diptych.pairs.manifest import PhaseRecord, ShardEntry
     from diptych.pairs.write import DatasetWriter
 
@@ -58,10 +77,15 @@ def make(rows: int, folder: Path) -> None:
     shards = {"s": ShardEntry(uri=str(shard), size_bytes=shard.stat().st_size)}
     record = PhaseRecord(phase="ingest", methods=(), seed=0, code="bench", version="0")
     vocabulary = words()
-    with DatasetWriter(folder / "ingest", record, shards=shards, pairs_in=None) as writer:
+    with DatasetWriter(home(folder) / "ingest", record, shards=shards, pairs_in=None) as writer:
         for start in range(0, rows, TABLE_ROWS):
             writer.add(table(start, min(TABLE_ROWS, rows - start), vocabulary))
         writer.finish()
+
+
+def home(folder: Path) -> Path:
+    """Where the run's datasets lie, as in a project."""
+    return folder / "runs" / RUN
 
 
 def words() -> pl.Series:
@@ -130,7 +154,7 @@ def stand_ins() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def work(rows: int, folder: Path) -> dict[str, Any]:
-    """Runs the chain over `folder/ingest` in this process: what it took, and what left."""
+    """Runs the chain over `ingest` in this process: what it took, and what left."""
     import torch
 
     from diptych.core import catalogue
@@ -141,22 +165,111 @@ def work(rows: int, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     features.compute = made_up_features
-    dataset = PairDataset.open(folder / "ingest")
+    dataset = PairDataset.open(home(folder) / "ingest")
     assert len(dataset) == rows
     taken: dict[str, Any] = {"start_mb": peak_mb()}
     cpu, wall = time.process_time(), time.monotonic()
     for phase, methods in CHAIN.items():
-        before_s = time.process_time()
-        values = [{**value, **({"threshold": rows // ROWS_A_THRESHOLD} if value["method"] == "metaclip" else {})} for value in methods]
-        configs = [catalogue.config_class(catalogue.find(value["method"], phase)).parse(value) for value in values]
-        dataset = passes.run(
-            dataset, configs, phase, folder / phase, seed=0, session=Session(in_process=True), scratch=folder / "scratch",
+        before_s, before_wall_s = time.process_time(), time.monotonic()
+        configs = [catalogue.config_class(catalogue.find(value["method"], phase)).parse(value) for value in scaled(methods, rows)]
+        with timed_parts() as parts:
+            dataset = passes.run(
+            dataset, configs, phase, home(folder) / phase, seed=0, session=Session(in_process=True), scratch=folder / "scratch",
             code="bench", version="0", progress=Progress(quiet=True), feature_specs={"pixels": features.FeatureSpec(name="pixels")},
         )  # fmt: skip
-        taken[phase] = {"cpu_s": time.process_time() - before_s, "kept": len(dataset), "peak_mb": peak_mb()}
+        taken[phase] = {
+            "parts": {name: round(value, 3) for name, value in sorted(parts.items())},
+            "cpu_s": time.process_time() - before_s,
+            "wall_s": time.monotonic() - before_wall_s,
+        }
+        taken[phase] |= {"kept": len(dataset), "peak_mb": peak_mb()}
         for entry in dataset.manifest.ledger.left:
             taken[phase][entry.reason] = entry.count
     return taken | {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "peak_mb": peak_mb()}
+
+
+@contextmanager
+def timed_parts() -> Iterator[Counter[str]]:
+    """CPU seconds by method and part of its pass, while the block runs: what a cluster shares out, and what its driver does alone."""
+    from diptych.engine import passes
+
+    seconds: Counter[str] = Counter()
+
+    def timed(work: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            started = time.process_time()
+            result = work(*arguments)
+            seconds[name_of(*arguments)] += time.process_time() - started
+            return result
+
+        return wrapped
+
+    own = {(passes, "_assemble"): passes._assemble}
+    for task in (passes._WithFeatures, passes._FoldTask, passes._Apply, passes._Route, passes._Decide, passes._Return):
+        own[task, "__call__"] = task.__call__
+    for (place, name), work in own.items():
+        part = getattr(place, "__name__", "").rpartition(".")[2].strip("_").lower()
+        name_of = (lambda task, *_, part=part: f"{task.place.method}: {part}") if name == "__call__" else (lambda *_: "driver: write")
+        setattr(place, name, timed(work, name_of))
+    try:
+        yield seconds
+    finally:
+        for (place, name), work in own.items():
+            setattr(place, name, work)
+
+
+def scaled(methods: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """The chain's parameters for so many rows."""
+    return [{**value, **({"threshold": rows // ROWS_A_THRESHOLD} if value["method"] == "metaclip" else {})} for value in methods]
+
+
+def plan(rows: int, folder: Path) -> dict[str, Any]:
+    """What the plan says of both phases, from its probe on the very pairs; run before them, in a process of its own."""
+    import torch
+
+    from diptych.engine import features
+    from diptych.workflow import costs, spec
+    from diptych.workflow.project import Project
+    from diptych.workflow.store import PlainStore
+
+    torch.set_num_threads(1)
+    features.compute = made_up_features
+    chain = {phase: scaled(methods, rows) for phase, methods in CHAIN.items()}
+    raw = {"name": RUN, "seed": 0, "data": {"source": "digits"}, **chain, "caption": [], "train": TRAIN, "compress": []}
+    raw["evaluate"] = {"benchmarks": [{"method": "zero-shot"}], "sweep": None}
+    store = PlainStore(Project(folder), spec.check(raw, folder / "scale.yaml"), RUN)
+    started = time.monotonic()
+    told = {phase: costs.predict(phase, store, in_process=True) for phase in CHAIN}
+    return {phase: {"seconds": cost.seconds, "memory_mb": (cost.memory_bytes or 0) / 1e6} for phase, cost in told.items()} | {
+        "probe_s": time.monotonic() - started, "peak_mb": peak_mb()}  # fmt: skip
+
+
+class Watched:
+    """The most files and bytes seen below a folder while a block runs, by a look every half second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.size_bytes = folder, 0, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_S):
+            files = sizes = 0
+            for path in self.folder.rglob("*"):
+                try:
+                    sizes += path.stat().st_size
+                except OSError:  # gone since
+                    continue
+                files += 1
+            self.files, self.size_bytes = max(self.files, files), max(self.size_bytes, sizes)
 
 
 def peak_mb() -> float:
@@ -173,24 +286,56 @@ def fresh(step: str, rows: int, folder: Path) -> dict[str, Any]:
     return result
 
 
+def measured(rows: int, *, foretold: bool) -> dict[str, Any]:
+    """One size: the data, the plan's words if asked for, the work."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fresh("make", rows, folder)
+        told = fresh("plan", rows, folder) if foretold else {}
+        with Watched(folder / "scratch") as watched:
+            taken = fresh("work", rows, folder)
+        return taken | {"plan": told, "scratch_files": watched.files, "scratch_mb": watched.size_bytes / 1e6}
+
+
 def main() -> None:
-    """Runs both sizes and prints two lines; fails if shares differ between them."""
+    """Runs both sizes and prints two lines, or with `--table` any sizes and a table; fails if shares differ between two sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", type=int, default=LARGE)
     parser.add_argument("--small", type=int, default=SMALL)
+    parser.add_argument("--table", type=int, nargs="+", metavar="ROWS")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--step", choices=["make", "work"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        print(json.dumps((make if options.step == "make" else work)(options.small, options.folder) or {}))
+        print(json.dumps(STEPS[options.step](options.small, options.folder) or {}))
         return
     taken = {}
-    for rows in (options.small, options.large):
-        with tempfile.TemporaryDirectory() as name:
-            fresh("make", rows, Path(name))
-            taken[rows] = fresh("work", rows, Path(name))
+    for rows in options.table or (options.small, options.large):
+        taken[rows] = measured(rows, foretold=bool(options.table))
         print(f"{rows}: {json.dumps(taken[rows])}", flush=True)
-    report(options.small, options.large, taken)
+    if options.table:
+        print(table_of(taken))
+    else:
+        report(options.small, options.large, taken)
+
+
+STEPS: dict[str, Callable[[int, Path], dict[str, Any] | None]] = {"make": make, "plan": plan, "work": work}
+HEADINGS = (
+    "pairs", "curate, us a pair", "prune, us a pair", "CPU s", "wall s", "plan, s", "peak MB", "plan, MB", "scratch MB", "scratch files",
+)  # fmt: skip
+
+
+def table_of(taken: dict[int, dict[str, Any]]) -> str:
+    """The figures of all sizes as a table: CPU microseconds a pair that comes into the run, wall seconds beside the plan's."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS)]
+    for rows, figures in taken.items():
+        told = figures["plan"]
+        each = [f"{figures[phase]['cpu_s'] / rows * 1e6:.1f}" for phase in CHAIN]
+        seconds = sum(told[phase]["seconds"] or 0.0 for phase in CHAIN)
+        memory = max(told[phase]["memory_mb"] for phase in CHAIN)
+        sums = [f"{figures['cpu_s']:.1f}", f"{figures['wall_s']:.1f}", f"{seconds:.1f}", f"{figures['peak_mb']:.0f}", f"{memory:.0f}"]
+        lines.append([f"{rows:,}", *each, *sums, f"{figures['scratch_mb']:.0f}", f"{figures['scratch_files']:,}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(small: int, large: int, taken: dict[int, dict[str, Any]]) -> None:

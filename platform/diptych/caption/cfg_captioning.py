@@ -7,6 +7,7 @@ a server. Captions are candidates for training (`pairs/captions.py`); what they 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
@@ -87,6 +88,11 @@ class CfgCaptioning(PairMethod):
         reasons = [self._add(captions, answer) for captions, answer in zip(held, answers, strict=True)]
         kept = batch.with_columns(pl.Series("captions", held, dtype=CAPTIONS), pl.Series(DROPPED, reasons, dtype=pl.String))
         return Verdict(kept, pl.DataFrame(schema={"key": pl.String, "reason": pl.String, "score": pl.Float32}))
+
+    def tally(self, kept: pl.LazyFrame) -> Mapping[str, int]:
+        """Pairs that got a caption, and by reason those that did not and have their own still."""
+        counts = kept.group_by(DROPPED).len().collect()
+        return {"captioned" if reason is None else f"captions_{reason}": count for reason, count in counts.iter_rows()}
 
     def _add(self, captions: list[dict[str, Any]], answer: str | None) -> str | None:
         """Puts a usable answer among a pair's captions; the reason where it is not usable."""

@@ -7,7 +7,7 @@ this machine, as in the paper, or a table of words, which needs neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -93,6 +93,11 @@ class LaClip(PairMethod):
             pl.Series(DROPPED, [pair.dropped for pair in pairs], dtype=pl.Struct(dict.fromkeys(REASONS, pl.Int32))),
         )
         return Verdict(kept, pl.DataFrame(schema={"key": pl.String, "reason": pl.String, "score": pl.Float32}))
+
+    def tally(self, kept: pl.LazyFrame) -> Mapping[str, int]:
+        """Rewrites asked for that were not added, by reason; a pair that got none has its own captions still."""
+        counts = kept.select(pl.col(DROPPED).struct.unnest()).sum().collect()
+        return {f"rewrites_{reason}": int(counts[reason][0] or 0) for reason in REASONS}
 
 
 def _wanted(batch: pl.DataFrame) -> list[str]:

@@ -143,6 +143,10 @@ class VeClip(PairMethod):
         fuser = getattr(block, "model", None) or getattr(block, "path", None) or config.rewriter
         return {"captioner": config.vision.model if config.vision else config.captioner, "fuser": fuser, "prompts": PROMPT_VERSION}
 
+    def tally(self, kept: pl.LazyFrame) -> Mapping[str, int]:
+        """Pairs by what became of their caption: `ok`, or why they have their own or the plain description."""
+        return {f"captions_{status}": count for status, count in kept.group_by(STATUS).len().collect().iter_rows()}
+
     def _fuse(self, pairs: Sequence[_Pair]) -> None:
         """Sets the fused captions of the pairs that have both an alt text and a description."""
         both = [pair for pair in pairs if pair.alt and pair.visual]

@@ -137,8 +137,13 @@ def card(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """`diptych data export D OUT --to FORMAT`."""
     from diptych.pairs import export as exports
+    from diptych.pairs.ranges import is_remote
 
-    written = exports.export(_find(options.dataset), Path(options.out), options.to)
+    dataset = _find(options.dataset)
+    if is_remote(options.out):
+        written: list[Any] = list(exports.export_to_store(dataset, options.out, options.to))
+    else:
+        written = list(exports.export(dataset, Path(options.out), options.to))
     sys.stdout.write(f"{len(written)} files in {options.out}\n")
     return 0
 
@@ -148,8 +153,13 @@ def ingest(options: argparse.Namespace) -> int:
     from diptych import __version__
     from diptych.core import catalogue
     from diptych.pairs.ingest import IngestConfig, ingest_all
+    from diptych.pairs.ranges import is_remote
     from diptych.workflow import yaml
 
+    if is_remote(options.out):
+        raise ConfigError.at(
+            "A pair dataset lies on a disk", "OUT", options.out, "a local folder", "pictures may lie in a store: name them in `path`"
+        )
     row = catalogue.find(options.source, "ingest", "source")
     values: dict[str, Any] = {}
     for item in options.parameters:

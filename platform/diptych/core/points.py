@@ -120,6 +120,11 @@ class PairMethod(ABC):
         del state
         return {}
 
+    def tally(self, kept: pl.LazyFrame) -> Mapping[str, int]:
+        """Counts for the report over a table of pairs that the method has kept; those of all tables are added up."""
+        del kept
+        return {}
+
 
 # ---------------------------------------------------------------- training
 

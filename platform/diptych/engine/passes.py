@@ -8,6 +8,7 @@ piece is a file under a done name, so that a restart repeats only what was in fl
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ class Stage:
         first = pl.read_parquet(self.tables[0], n_rows=1) if self.tables else None
         grouped = first is not None and method.group(_batch(place, first, method), state) is not None
         tables = self._grouped(state) if grouped else self._each(_Apply(place, state), self.tables, "deciding")
-        return tables, dict(method.report(state))
+        return tables, {**method.report(state), **_tally(method, tables)}
 
     def _each(self, task: Callable[[tuple[int, Path]], Path], tables: Sequence[Path], what: str) -> list[Path]:
         results = []
@@ -237,6 +238,16 @@ class Stage:
         self._each(_Route(self.place, state, buckets), self.tables, "routing")
         list(self.session.map(_Decide(self.place, state, len(self.tables)), range(buckets)))
         return self._each(_Return(self.place, buckets), self.tables, "deciding")
+
+
+def _tally(method: PairMethod, tables: Sequence[Path]) -> dict[str, int]:
+    """The method's counts over all tables; nothing is read for a method that counts nothing."""
+    if type(method).tally is PairMethod.tally:
+        return {}
+    total: Counter[str] = Counter()
+    for table in tables:
+        total.update(method.tally(pl.scan_parquet(table)))
+    return dict(sorted(total.items()))
 
 
 def _memory_bytes(path: Path) -> int:

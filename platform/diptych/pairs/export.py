@@ -1,19 +1,22 @@
-"""A pair dataset in other people's formats. Each export is written under another name and appears whole or not at all."""
+"""A pair dataset in other people's formats. Each export is written under another name and appears whole or not at all, in a store file by file."""
 
 from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from diptych.core.errors import ConfigError, nearest
+from diptych.core.errors import ConfigError, DataError, nearest
 from diptych.pairs import files
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.image import extension_of
+from diptych.pairs.ranges import insist
 from diptych.pairs.schema import PAIRS
 from diptych.pairs.shards import MEBIBYTE, ShardWriter
 
@@ -42,6 +45,44 @@ def export(dataset: PairDataset, out: Path, to: str, shard_size_bytes: int = 256
     finally:
         files.remove(partial)
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def export_to_store(dataset: PairDataset, uri: str, to: str, shard_size_bytes: int = 256 * MEBIBYTE) -> list[str]:
+    """Writes the dataset below a URI such as `s3://bucket/folder`, by way of the local temporary folder; gives the URIs, sorted.
+
+    A store renames nothing: a file appears whole, the export file by file. Files of the same names are replaced, so that a repeated call
+    finishes what one that failed began. Nothing is ever deleted.
+
+    Raises ConfigError for another format or if other files lie there, DataError if a shard is damaged or the store fails, ResourceError if
+    the disk is full.
+    """
+    import fsspec
+
+    system, base = fsspec.core.url_to_fs(uri.rstrip("/"))
+    with tempfile.TemporaryDirectory(prefix="diptych-export-") as scratch:
+        root = Path(scratch).resolve() / "export"
+        written = {f"{base}/{path.relative_to(root).as_posix()}": path for path in export(dataset, root, to, shard_size_bytes)}
+        try:
+            strangers = sorted({str(name) for name in insist(lambda: _below(system, base))} - set(written))
+            if strangers:
+                raise ConfigError.at("Other files lie where the export goes", "OUT", uri, "an empty place",
+                                     f"{len(strangers)} such as {strangers[0]}: name another place, or remove them")  # fmt: skip
+            for name, path in written.items():
+                insist(partial(system.put_file, str(path), name))
+        except OSError as error:
+            raise DataError.at(
+                "An export did not reach its store", "OUT", uri, f"<{error}>", "give the same command again: it finishes"
+            ) from error
+    return [system.unstrip_protocol(name) for name in written]
+
+
+def _below(system: Any, base: str) -> list[str]:
+    """The files below a folder of a store, as they are now; none when it is not there."""
+    system.invalidate_cache()
+    try:
+        return list(system.find(base))
+    except FileNotFoundError:
+        return []
 
 
 def _to_webdataset(dataset: PairDataset, folder: Path, shard_size_bytes: int) -> None:

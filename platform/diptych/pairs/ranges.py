@@ -1,11 +1,24 @@
-"""Files read by range, local or on whatever fsspec knows (`s3://`, `gs://`, `memory://`, …)."""
+"""Files read by range, local or on whatever fsspec knows (`s3://`, `gs://`, `memory://`, …).
+
+Where a store lies and who asks, fsspec's libraries read from the environment (S3: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, …).
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import Protocol
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 AHEAD_BYTES = 8 << 20
+WAITS_S = (0.5, 2.0, 8.0)
+"""Seconds before a remote request is made again. The libraries below try a few times by themselves, within seconds, each time."""
+
+FINAL = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EISDIR, errno.ENOTDIR})
+"""Answers that no waiting changes."""
+
+Answer = TypeVar("Answer")
 
 
 class RangeFile(Protocol):
@@ -42,7 +55,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """One request a read. The size is asked for when it is first needed."""
+    """One request a read, made again when it fails. The size is asked for when it is first needed."""
 
     def __init__(self, uri: str) -> None:
         import fsspec
@@ -52,11 +65,11 @@ class RemoteFile:
     @property
     def size(self) -> int:
         """Length in bytes."""
-        return int(self._system.size(self._path))
+        return insist(lambda: int(self._system.size(self._path)))
 
     def read(self, offset: int, size: int) -> bytes:
         """See RangeFile."""
-        return bytes(self._system.cat_file(self._path, start=offset, end=offset + size))
+        return insist(lambda: bytes(self._system.cat_file(self._path, start=offset, end=offset + size)))
 
 
 class ReadAhead:
@@ -71,8 +84,28 @@ class ReadAhead:
         size = min(size, max(self.size - offset, 0))
         if not self._start <= offset <= offset + size <= self._start + len(self._block):
             self._start = offset
-            self._block = self._file.read(offset, min(max(size, AHEAD_BYTES), self.size - offset)) if size else b""
+            wanted = min(max(size, AHEAD_BYTES), self.size - offset) if size else 0
+            self._block = self._file.read(offset, wanted) if wanted else b""
+            if len(self._block) < wanted:  # must not pass for a tar that was cut off: its pairs would be lost
+                raise OSError(errno.EIO, f"{len(self._block)} bytes came of {wanted} at {offset}")
         return self._block[offset - self._start : offset - self._start + size]
+
+
+def insist(work: Callable[[], Answer], sleep: Callable[[float], None] = time.sleep) -> Answer:
+    """What a remote request gives, made again after growing waits when it fails. Raises OSError, whatever the library raised."""
+    for wait_s in WAITS_S:
+        try:
+            return work()
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FINAL:
+                raise
+        sleep(wait_s)
+    try:
+        return work()
+    except OSError:
+        raise
+    except Exception as error:  # botocore and aiohttp have errors of their own for a server that is not there
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def is_remote(uri: str) -> bool:

@@ -31,6 +31,11 @@ from diptych.workflow.store import Store
 
 ON_RAY = ("ingest", *PAIR_PHASES, "train")
 PROBE_ROWS = (128, 512)
+FAR = 50
+PROBE_S = 1.0
+"""A phase with more than `FAR` times the pairs of its largest probe is probed again with four times as many, unless that one took so long."""
+PROBE_TABLES = 16
+"""Tables that a probe reads, one at a time, spread evenly: a plan for a billion pairs reads as much as one for a million."""
 PROBE_STEPS = 6
 PROBE_PARTS_S = 2.0
 PROBE_TEXTS = 64
@@ -171,23 +176,38 @@ class _Hurried(Source):
 
 
 def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
-    """Runs the phase on two small samples in this process; the slope between them is the time a pair takes."""
+    """Runs the phase on small samples in this process, larger ones for many pairs; the slope over them is the time a pair takes.
+
+    A millisecond of noise in a probe of 512 pairs is two seconds a million, so a far goal wants a longer run-up.
+    """
     rows = _rows(dataset, "train")
     if not store.workflow.methods(phase):
         return Cost(rows=rows, seconds=0.1, memory_bytes=0, written_bytes=rows * TABLE_ROW_BYTES)
     if any(getattr(config, "features", None) == phases.SCOUT for config in store.workflow.methods(phase)):
         return Cost(rows=rows)  # a scout is trained first: no probe is cheap
     folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
+    probes: list[tuple[int, float]] = []
     try:
-        few, more = (_timed_pass(phase, store, _few(dataset, folder / f"few-{count}", count), folder / str(count)) for count in PROBE_ROWS)
+        while (count := _next_probe(rows, probes)) is not None:
+            probes.append(_timed_pass(phase, store, _few(dataset, folder / f"few-{count}", count), folder / str(count)))
     except DiptychError:
         return Cost(rows=rows)  # a method that cannot work on so few pairs tells nothing about many
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    few, more = probes[0], probes[-1]
     slope = max(0.0, more[1] - few[1]) / max(1, more[0] - few[0])
     return Cost(
         rows=rows, seconds=more[1] + slope * max(0, rows - more[0]), memory_bytes=_memory_bytes(), written_bytes=rows * TABLE_ROW_BYTES
     )
+
+
+def _next_probe(rows: int, probes: Sequence[tuple[int, float]]) -> int | None:
+    """How many pairs to probe next, for a phase of `rows` after `probes` (pairs and seconds of each); None when these will do."""
+    further = len(probes) - len(PROBE_ROWS)
+    if further < 0:
+        return PROBE_ROWS[further]
+    largest = PROBE_ROWS[-1] * 4**further
+    return 4 * largest if rows > FAR * largest and probes[-1][1] < PROBE_S else None
 
 
 def _timed_pass(phase: str, store: Store, sample: PairDataset, folder: Path) -> tuple[int, float]:
@@ -203,12 +223,16 @@ def _timed_pass(phase: str, store: Store, sample: PairDataset, folder: Path) -> 
 
 
 def _few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:
-    """The first `rows` training pairs by key hash, as a dataset of its own."""
+    """The first `rows` training pairs by key hash, of `PROBE_TABLES` tables at most, as a dataset of its own."""
     from diptych.core.chance import key_hashes
     from diptych.pairs.write import DatasetWriter
 
-    frame = dataset.read().filter(pl.col("split") == "train")
-    frame = frame[key_hashes(frame["key"]).argsort()[:rows]]
+    step = max(1, -(-len(dataset.tables()) // PROBE_TABLES))
+    frame = pl.DataFrame()
+    for index in range(0, len(dataset.tables()), step):
+        part = dataset.table(index).filter(pl.col("split") == "train")
+        frame = pl.concat([frame, part]) if frame.width else part
+        frame = frame[key_hashes(frame["key"]).argsort()[:rows]]
     with DatasetWriter(
         out, dataset.manifest.phase, [dataset.digest], dataset.manifest.shards, pairs_in=frame.height, shards_root=dataset.root
     ) as writer:

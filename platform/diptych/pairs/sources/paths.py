@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diptych.core.errors import DataError
-from diptych.pairs.ranges import is_remote
+from diptych.pairs.ranges import insist, is_remote
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC = re.compile(r"[*?\[]")
@@ -19,7 +19,7 @@ DOCUMENTED = frozenset({"label", "label_name", "language", "weight", "regions"})
 def expand(patterns: Sequence[str]) -> list[str]:
     """The files that patterns mean, sorted, each once; local ones absolute. `{000..012}` counts, `*`, `?`, `[…]` and `**` match names.
 
-    Raises DataError for a pattern, or a number of a range, that means no file.
+    Raises DataError for a pattern, or a number of a range, that means no file, and for a store that does not answer.
     """
     found: set[str] = set()
     for name in (name for pattern in patterns for name in _counted(pattern)):
@@ -88,7 +88,14 @@ def _matches(name: str) -> list[str]:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(name)
-        return [system.unstrip_protocol(file) for file in system.glob(path)] if _MAGIC.search(path) else [name]
+        if not _MAGIC.search(path):
+            return [name]
+        try:
+            return [system.unstrip_protocol(file) for file in insist(lambda: system.glob(path))]
+        except OSError as error:
+            raise DataError.at(
+                "A store cannot be asked for its files", "path", name, f"<{error}>", "check its address and credentials"
+            ) from error
     if _MAGIC.search(name):
         return [str(Path(file).absolute()) for file in glob.glob(name, recursive=True) if Path(file).is_file()]  # noqa: PTH207 - absolute patterns
     return [str(Path(name).absolute())] if Path(name).is_file() else []

@@ -68,7 +68,7 @@ class WebDataset(Source):
         return sorted(self._files)
 
     def read(self, part: str) -> Iterator[RawPair]:
-        """The samples of one tar, in its order. Raises DataError if the tar cannot be opened."""
+        """The samples of one tar, in its order. Raises DataError if the tar cannot be opened or read."""
         uri = self._files[part]
         try:
             file: RangeFile = open_range(uri)
@@ -77,9 +77,12 @@ class WebDataset(Source):
             raise DataError.at("A tar cannot be opened", uri, error, "a readable tar") from error
         if is_remote(uri):
             file = ReadAhead(file)
-        for position, (name, members) in enumerate(groupby(index_tar(file), key=_sample)):
-            key = name or f"{part}@{position}"
-            yield self._pair(f"{part}/{key}" if self.config.keys == "shard/name" else key, list(members), part, file, entry)
+        try:
+            for position, (name, members) in enumerate(groupby(index_tar(file), key=_sample)):
+                key = name or f"{part}@{position}"
+                yield self._pair(f"{part}/{key}" if self.config.keys == "shard/name" else key, list(members), part, file, entry)
+        except OSError as error:
+            raise DataError.at("A tar cannot be read to its end", uri, error, "a readable tar", "give the same command again") from error
 
     def _checksum(self, uri: str) -> str | None:
         return digest.of_file(Path(uri)) if self.config.checksum and not is_remote(uri) else None
@@ -97,7 +100,10 @@ class WebDataset(Source):
             return RawPair(key, None, captions, extra, self.config.split, fault or "no image")
 
         def load(size: int, image: Member = image) -> bytes:
-            return file.read(image.offset, min(size, image.size))
+            try:
+                return file.read(image.offset, min(size, image.size))
+            except OSError as error:
+                raise DataError.at("A picture cannot be read", entry.uri, error, "a readable tar", "give the same command again") from error
 
         return PlacedPair(key, None, captions, extra, self.config.split, None, shard, image.offset, image.size, entry, load)
 

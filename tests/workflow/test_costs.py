@@ -1,0 +1,68 @@
+"""What a plan reads to foretell a phase: little of a large dataset, spread over it, the same pairs every time."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from diptych.core.chance import key_hashes
+from diptych.pairs.dataset import PairDataset
+from diptych.pairs.manifest import PhaseRecord, ShardEntry
+from diptych.pairs.schema import CAPTIONS, IMAGE
+from diptych.pairs.write import DatasetWriter
+from diptych.workflow import costs
+
+
+def dataset(folder: Path, tables: int, rows: int) -> PairDataset:
+    tarfile.open(folder / "s.tar", "w").close()
+    shards = {"s": ShardEntry(uri=str(folder / "s.tar"), size_bytes=(folder / "s.tar").stat().st_size)}
+    record = PhaseRecord(phase="ingest", methods=(), seed=0, code="test", version="0")
+    with DatasetWriter(folder / "pairs", record, shards=shards, pairs_in=None) as writer:
+        for table in range(tables):
+            image = pl.struct(shard=pl.lit("s"), offset=pl.lit(512), size=pl.lit(9), width=pl.lit(1), height=pl.lit(1)).cast(IMAGE)
+            caption = pl.struct(text=pl.lit("a dog"), source=pl.lit("alt"), score=pl.lit(None, pl.Float32))
+            splits = ["test" if row % 4 == 3 else "train" for row in range(rows)]
+            frame = pl.DataFrame({"key": [f"{table}-{row}" for row in range(rows)], "split": splits})
+            writer.add(frame.with_columns(image=image, captions=pl.concat_list(caption).cast(CAPTIONS)))
+        return writer.finish()
+
+
+def test_a_probe_takes_the_first_training_pairs_by_key_hash(tmp_path: Path) -> None:
+    pairs = dataset(tmp_path, tables=3, rows=20)
+    train = pairs.read().filter(pl.col("split") == "train")["key"]
+    first = train[key_hashes(train).argsort()[:10]]
+    assert costs._few(pairs, tmp_path / "few", 10).read(["key"])["key"].to_list() == first.to_list()
+
+
+def test_a_probe_reads_few_of_many_tables_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = dataset(tmp_path, tables=50, rows=4)
+    read: list[int] = []
+
+    def table(self: PairDataset, index: int, own: object = PairDataset.table) -> pl.DataFrame:
+        read.append(index)
+        return own(self, index)  # type: ignore[operator, no-any-return]
+
+    monkeypatch.setattr(PairDataset, "table", table)
+    monkeypatch.setattr(PairDataset, "read", lambda *_: pytest.fail("all pairs in memory"))
+    assert len(costs._few(pairs, tmp_path / "few", 1000)) == 3 * len(read)
+    assert len(read) <= costs.PROBE_TABLES
+    assert read[-1] >= 45
+
+
+@pytest.mark.parametrize(
+    ("rows", "each_s", "expected"),
+    [
+        (20_000, 0.0, [128, 512]),
+        (30_000, 0.0, [128, 512, 2048]),
+        (10**9, 1e-4, [128, 512, 2048, 8192, 32768]),
+        (10**9, 1e-2, [128, 512]),
+    ],
+)
+def test_many_pairs_are_probed_with_more_of_them_unless_they_take_long(rows: int, each_s: float, expected: list[int]) -> None:
+    probes: list[tuple[int, float]] = []
+    while (count := costs._next_probe(rows, probes)) is not None:
+        probes.append((count, count * each_s))
+    assert [count for count, _ in probes] == expected
