@@ -47,8 +47,8 @@ def sliced(name: str, value: Tensor, shape: Sequence[int], head_width: int | Non
     Raises ConfigError where the student is larger, or where rows that must all be there would be lost.
     """
     fits = value.ndim == len(shape) and all(ours <= theirs for ours, theirs in zip(shape, value.shape, strict=True))
-    if not fits or (name.endswith(WHOLE) and value.shape[0] != shape[0]):
-        got, expected = f"{tuple(shape)} from {tuple(value.shape)}", "no dimension larger; the same words, patches and number of dimensions"
+    if not fits or (name.endswith(WHOLE) and value.shape[0] != shape[0]) or value.shape[2:] != tuple(shape[2:]):
+        got, expected = f"{tuple(shape)} from {tuple(value.shape)}", "no dimension larger, and the same words, patches and kernels"
         raise ConfigError.at("A tensor of the student is no slice of the teacher's", name, got, expected, "choose another architecture")
     if name.endswith(STACKED):
         assert head_width is not None, f"{name} has heads"
@@ -92,7 +92,7 @@ def _depths(names: Mapping[str, Any]) -> dict[str, int]:
 
 @torch.no_grad()
 def inherit(teacher: DualEncoder, student: DualEncoder) -> None:
-    """Gives a student its teacher's weights, in place; what it shares no tensor of must be of open_clip's own kinds.
+    """Gives a student slices of its teacher's weights, in place.
 
     Towers: vision and text transformers of open_clip, and its modified ResNet. Pictures and patches must be of one size.
     Raises ConfigError for other towers, other widths of heads, and students that are larger in any respect.
@@ -102,7 +102,9 @@ def inherit(teacher: DualEncoder, student: DualEncoder) -> None:
     widths, theirs = _head_widths(student.clip), _head_widths(teacher.clip)
     for stack, width in widths.items():
         if theirs.get(stack, width) != width:
-            raise ConfigError.at("Heads are inherited whole", stack, f"width {width}", f"the teacher's {theirs[stack]}", "keep the head's width")
+            raise ConfigError.at(
+                "Heads are inherited whole", stack, f"width {width}", f"the teacher's {theirs[stack]}", "keep the head's width"
+            )
     own = student.clip.state_dict()
     found = inherited(teacher.clip.state_dict(), {name: tuple(value.shape) for name, value in own.items()}, widths)
     for name, value in own.items():
@@ -110,11 +112,16 @@ def inherit(teacher: DualEncoder, student: DualEncoder) -> None:
 
 
 def _head_widths(clip: nn.Module) -> dict[str, int]:
+    """W of every stack of blocks, and of the pooling of a residual network, by name."""
+    from open_clip.modified_resnet import AttentionPool2d
+
     widths = {}
     for name, module in clip.named_modules():
-        layer = LAYER.match(f"{name}.")or LAYER.match(f"{name}.x")
+        layer = LAYER.match(name)
         if layer and hasattr(module, "in_proj_weight"):
             widths[layer["stack"]] = int(module.head_dim)  # type: ignore[arg-type]
+        elif isinstance(module, AttentionPool2d):
+            widths[name] = module.q_proj.out_features // module.num_heads
     return widths
 
 

@@ -206,9 +206,10 @@ def open_clip_says(model: DualEncoder) -> str:
     if not model.structure:
         return "yes"
     some = ", ".join(list(model.structure)[:2])
-    what = "towers or blocks" if any("width" in counts for counts in model.structure.values()) else "blocks"
+    if any("width" in counts for counts in model.structure.values()):
+        return f"no: towers or blocks ({some}, …) have their own widths and numbers of heads and neurons, which open_clip's configuration cannot say"
     return (
-        f"no: {len(model.structure)} {what} ({some}, …) have their own numbers of heads and neurons, which open_clip's configuration cannot say; "
+        f"no: {len(model.structure)} blocks ({some}, …) have their own numbers of heads and neurons, which open_clip's configuration cannot say; "
         "the masked form opens there"
     )
 
@@ -256,7 +257,9 @@ def outside(model: DualEncoder, kind: Kind) -> Outside:
         places = (Place(projection, "weight", 1) if isinstance(projection, nn.Module) else Place(tower, "text_projection", 0),)
         embeddings = (Place(tower.token_embedding, "weight", 1), position)
         return Outside(tower.transformer, embeddings, (tower.ln_final,), () if projection is None else places, tower.transformer)
-    raise ConfigError.at(f"The width of the {kind} tower cannot be told apart", "towers", type(tower).__name__, "open_clip's own transformers")
+    raise ConfigError.at(
+        f"The width of the {kind} tower cannot be told apart", "towers", type(tower).__name__, "open_clip's own transformers"
+    )
 
 
 @torch.no_grad()

@@ -10,9 +10,8 @@ import torch
 from _ranks import run_ranks
 from numpy.typing import NDArray
 
-from diptych.compress.hard_concrete import Lagrangian, Sizes, TowerMasks, mask_optimizer, score, sparsity, target
+from diptych.compress.hard_concrete import Lagrangian, Masks, Sizes, TowerMasks, mask_optimizer, score, sparsity, target
 from diptych.compress.masked import Form, fuse_block, masked
-from diptych.compress.hard_concrete import Masks
 from diptych.models.inherit import depth_map, inherited
 from diptych.objectives.teacher import Taught
 from diptych.objectives.tinyclip import terms
@@ -35,7 +34,13 @@ SIDES = ("image", "text", "log_scale")
 def replay(vectors: Mapping[str, Array]) -> dict[str, Array]:
     """Every output of the file, from its inputs."""
     outputs: dict[str, Array] = {}
-    for part, make in {"affinity": affinity, "inherit": inheritance, "depth": depths, "l0": learnt_masks, "block": block_under_masks}.items():
+    for part, make in {
+        "affinity": affinity,
+        "inherit": inheritance,
+        "depth": depths,
+        "l0": learnt_masks,
+        "block": block_under_masks,
+    }.items():
         start = f"{part}/in/"
         given = {key.removeprefix(start): np.asarray(vectors[key]) for key in vectors if key.startswith(start)}
         outputs |= {f"{part}/out/{key}": value for key, value in make(given).items()}
