@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class TowerMasks(nn.Module):
             drawn = torch.rand(like.shape, generator=generator, dtype=like.dtype)
             return (drawn * (1 - 2 * EPSILON) + EPSILON).to(like.device)
 
-        groups = {"hidden": [self.hidden], "heads": self.heads, "neurons": self.neurons}
+        groups: dict[str, list[Tensor]] = {"hidden": [self.hidden], "heads": list(self.heads), "neurons": list(self.neurons)}
         return self.sampled({name: [uniform(each) for each in group] for name, group in groups.items()})
 
     @torch.no_grad()
@@ -161,5 +161,8 @@ def mask_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over all masks and the multipliers, without decay; `multiplier_lr` is `lr` unless it is given."""
     masks = [each for tower in towers for each in tower.parameters() if each.requires_grad]
-    groups = [{"params": masks}, {"params": list(lagrangian.parameters()), "lr": lr if multiplier_lr is None else multiplier_lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": masks},
+        {"params": list(lagrangian.parameters()), "lr": lr if multiplier_lr is None else multiplier_lr},
+    ]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)

@@ -172,7 +172,8 @@ class TinyClipMasks:
             found = self._loss(model, pool.at(number * (config.steps + config.retrain_steps) + step), taught)
             last = float(found.detach())
             wanted = target(step + 1, 0.0, asked, round(config.warmup * config.steps))
-            return found + lagrangian(wanted, sparsity(every))
+            penalty: Tensor = lagrangian(wanted, sparsity(every))
+            return found + penalty
 
         def after() -> None:
             lagrangian.ascend()
@@ -220,7 +221,7 @@ def _encode(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _features(model: DualEncoder, pool: Pool) -> Taught:
-    parts = zip(pool.image_NCHW.split(pool.size), pool.text_NL.split(pool.size), strict=True)
+    parts = zip(torch.split(pool.image_NCHW, pool.size), torch.split(pool.text_NL, pool.size), strict=True)
     sides = [_encode(model, {"image_NCHW": image.to(pool.device), "text_NL": text.to(pool.device)}) for image, text in parts]
     image_ND, text_ND = (torch.cat(side) for side in zip(*sides, strict=True))
     return Taught(image_ND, text_ND)

@@ -119,7 +119,7 @@ def _head_widths(clip: nn.Module) -> dict[str, int]:
     for name, module in clip.named_modules():
         layer = LAYER.match(name)
         if layer and hasattr(module, "in_proj_weight"):
-            widths[layer["stack"]] = int(module.head_dim)  # type: ignore[arg-type]
+            widths[layer["stack"]] = int(module.head_dim)
         elif isinstance(module, AttentionPool2d):
             widths[name] = module.q_proj.out_features // module.num_heads
     return widths

@@ -248,9 +248,9 @@ def outside(model: DualEncoder, kind: Kind) -> Outside:
     tower: Any = clip.visual if kind == "image" else getattr(clip, "text", clip)
     position = Place(tower, "positional_embedding", 1)
     if kind == "image" and isinstance(tower, VisionTransformer) and tower.attn_pool is None:
-        embeddings = (Place(tower.conv1, "weight", 0), Place(tower, "class_embedding", 0), position)
+        summed = (Place(tower.conv1, "weight", 0), Place(tower, "class_embedding", 0), position)
         norms = tuple(norm for norm in (tower.ln_pre, tower.ln_post) if isinstance(norm, nn.LayerNorm))
-        return Outside(tower.ln_pre, embeddings, norms, (Place(tower, "proj", 0),), tower.transformer)
+        return Outside(tower.ln_pre, summed, norms, (Place(tower, "proj", 0),), tower.transformer)
     plain = isinstance(tower, TextTransformer) or (tower is clip and hasattr(tower, "token_embedding"))
     if kind == "text" and plain and getattr(tower, "cls_emb", None) is None and not hasattr(clip, "text_decoder"):
         projection: Any = tower.text_projection
