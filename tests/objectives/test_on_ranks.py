@@ -18,6 +18,8 @@ CASES: dict[str, Case] = {
     "alip": ({"method": "alip", "decay": 0.5, "intact": "label"}, None),
     "distillation": ({"method": "distillation", "teacher": ".", "temperature": 2.0}, None),
     "distillation-features": ({"method": "distillation", "teacher": ".", "features": 10.0, "contrastive": 0.0}, None),
+    "tinyclip": ({"method": "tinyclip", "teacher": "."}, None),
+    "tinyclip-learnt-scale": ({"method": "tinyclip", "teacher": ".", "alpha": 0.6, "scale": None, "teacher_scale": None}, None),
     "vr-lwf": ({"method": "vr-lwf", "sentences": 20, "words": 3}, None),
     "vr-lwf-later": (
         {"method": "vr-lwf", "replay": ["vocabulary", "classes"], "earlier": ["bee", "elk"], "sentences": 20, "words": 3},

@@ -86,8 +86,9 @@ class Pool:
         self.size, self.seed, self.device = min(size, len(self.text_NL)), seed, device_of(model)
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, on the model's device."""
+        """The batch of a step, on the model's device; `row_N` says which of the pairs, in the order given, it holds."""
         epoch, place = divmod(step, len(self.text_NL) // self.size)
         order = generator(self.seed, "retrain", epoch).permutation(len(self.text_NL))
         chosen = torch.from_numpy(order[place * self.size : (place + 1) * self.size])
-        return {"image_NCHW": self.image_NCHW[chosen].to(self.device), "text_NL": self.text_NL[chosen].to(self.device)}
+        sides = {"image_NCHW": self.image_NCHW[chosen].to(self.device), "text_NL": self.text_NL[chosen].to(self.device)}
+        return {**sides, "row_N": chosen.to(self.device)}

@@ -1,17 +1,18 @@
-"""Transformer blocks with fewer heads and fewer MLP neurons than their configuration says.
+"""Transformer blocks with fewer heads and fewer MLP neurons, and towers of less width, than their configuration says.
 
 A block is cut by what it keeps; the encoder notes in `structure` how many heads and neurons each cut block has left, so that a
 directory of it can be read again (`models/store.py`). open_clip's configuration can say only one thing of that kind: one MLP width for all blocks
 of a tower, in `mlp_ratio`. Where that is all that was cut, the note is written there, and open_clip opens the model; otherwise it cannot.
 
-Known blocks: open_clip's `ResidualAttentionBlock` and timm's `Block` with plain attention and a plain MLP.
+Known blocks: open_clip's `ResidualAttentionBlock` and timm's `Block` with plain attention and a plain MLP. The width, the features that all
+blocks of a tower hand on, can be cut in open_clip's own vision and text transformers; heads keep their width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from diptych.models.store import MASK
 if TYPE_CHECKING:
     from diptych.models.clip import DualEncoder
 
+Kind = Literal["image", "text"]
 FOLDED = (
     ("vision_cfg", "visual.transformer.resblocks."),
     ("text_cfg", "transformer.resblocks."),
@@ -167,6 +169,8 @@ def _fold(model: DualEncoder, section: str, prefix: str) -> None:
         return
     found = [parts(block, name) for name, block in blocks.items()]
     widths = {each.neurons for each in found}
+    if ("visual" if section == "vision_cfg" else "text") in model.structure:
+        return  # the configuration's width is not the tower's
     whole = all(each.heads * each.head_width == each.out.out_features for each in found)
     neurons = next(iter(widths))
     ratio = neurons / cfg["width"]
@@ -180,6 +184,13 @@ def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> Non
     """Gives a model's blocks the shapes that were noted; what the weights are does not matter yet. Raises ConfigError for unknown blocks."""
     kept = {}
     for name, counts in structure.items():
+        if "width" in counts:
+            kind: Kind = "image" if name == "visual" else "text"
+            full = len(outside(model, kind).norms[-1].weight)
+            cut_width(model, kind, torch.arange(full) < counts["width"])
+    for name, counts in structure.items():
+        if "width" in counts:
+            continue
         try:
             found = parts(model.clip.get_submodule(name), name)
         except AttributeError as error:
@@ -195,7 +206,121 @@ def open_clip_says(model: DualEncoder) -> str:
     if not model.structure:
         return "yes"
     some = ", ".join(list(model.structure)[:2])
+    if any("width" in counts for counts in model.structure.values()):
+        return f"no: towers or blocks ({some}, …) have their own widths and numbers of heads and neurons, which open_clip's configuration cannot say"
     return (
         f"no: {len(model.structure)} blocks ({some}, …) have their own numbers of heads and neurons, which open_clip's configuration cannot say; "
         "the masked form opens there"
     )
+
+
+class Place(NamedTuple):
+    """A parameter, `leaf` of `owner`, and which of its dimensions is a tower's width."""
+
+    owner: nn.Module
+    leaf: str
+    axis: int
+
+
+class Outside(NamedTuple):
+    """Of a tower, what has its width outside the blocks.
+
+    Attributes:
+        stem: the module whose input is the sum of the embeddings.
+        embeddings: what is summed.
+        norms: in front of and behind the blocks.
+        projections: to the shared space.
+        transformer: what holds the blocks.
+    """
+
+    stem: nn.Module
+    embeddings: tuple[Place, ...]
+    norms: tuple[nn.LayerNorm, ...]
+    projections: tuple[Place, ...]
+    transformer: Any
+
+
+def outside(model: DualEncoder, kind: Kind) -> Outside:
+    """The parts of a tower beside its blocks. Raises ConfigError for other towers than open_clip's plain transformers."""
+    from open_clip.transformer import TextTransformer, VisionTransformer
+
+    clip = model.clip
+    tower: Any = clip.visual if kind == "image" else getattr(clip, "text", clip)
+    position = Place(tower, "positional_embedding", 1)
+    if kind == "image" and isinstance(tower, VisionTransformer) and tower.attn_pool is None:
+        summed = (Place(tower.conv1, "weight", 0), Place(tower, "class_embedding", 0), position)
+        norms = tuple(norm for norm in (tower.ln_pre, tower.ln_post) if isinstance(norm, nn.LayerNorm))
+        return Outside(tower.ln_pre, summed, norms, (Place(tower, "proj", 0),), tower.transformer)
+    plain = isinstance(tower, TextTransformer) or (tower is clip and hasattr(tower, "token_embedding"))
+    if kind == "text" and plain and getattr(tower, "cls_emb", None) is None and not hasattr(clip, "text_decoder"):
+        projection: Any = tower.text_projection
+        places = (Place(projection, "weight", 1) if isinstance(projection, nn.Module) else Place(tower, "text_projection", 0),)
+        embeddings = (Place(tower.token_embedding, "weight", 1), position)
+        return Outside(tower.transformer, embeddings, (tower.ln_final,), () if projection is None else places, tower.transformer)
+    raise ConfigError.at(
+        f"The width of the {kind} tower cannot be told apart", "towers", type(tower).__name__, "open_clip's own transformers"
+    )
+
+
+@torch.no_grad()
+def cut_width(model: DualEncoder, kind: Kind, keep: Tensor) -> None:
+    """Removes features of a tower's width, in place, from everything that has it, and notes what is left in `structure`.
+
+    Args:
+        keep: bool `[D]`, True stays; at least one does.
+    """
+    assert bool(keep.any()), "a tower without width gives nothing"
+    if bool(keep.all()):
+        return
+    found, left = outside(model, kind), int(keep.sum())
+    for place in (*found.embeddings, *found.projections):
+        _narrow(place, keep)
+    for norm in found.norms:
+        _narrow_norm(norm, keep)
+    for block in found.transformer.resblocks:
+        cut_block_width(block, keep)
+    for owner in {place.owner for place in (*found.embeddings, *found.projections)}:
+        for name in ("out_channels", "embedding_dim", "in_features"):
+            if hasattr(owner, name):
+                setattr(owner, name, left)
+    found.transformer.width = left
+    model.structure["visual" if kind == "image" else "text"] = {"width": left}
+
+
+@torch.no_grad()
+def cut_block_width(block: nn.Module, keep: Tensor, name: str = "block") -> None:
+    """`cut_width` of one of open_clip's own blocks."""
+    found = parts(block, name)
+    if not isinstance(getattr(block, "ln_1", None), nn.LayerNorm):
+        raise ConfigError.at("The width of this block cannot be cut", name, type(block).__name__, "open_clip's own blocks")
+    features = torch.ones(3 * found.heads * found.head_width, dtype=torch.bool)
+    attention = _cut_attention(found, found.heads, features, found.out)
+    block.attn = attention
+    layers = (Place(attention, "in_proj_weight", 1), Place(found.inner, "weight", 1))
+    outputs = [Place(layer, leaf, 0) for layer in (found.out, found.outer) for leaf in ("weight", "bias")]
+    scales = [Place(module, "gamma", 0) for module in block.children() if isinstance(getattr(module, "gamma", None), nn.Parameter)]
+    for place in (*layers, *outputs, *scales):
+        _narrow(place, keep)
+    for norm in block.children():
+        if isinstance(norm, nn.LayerNorm):
+            _narrow_norm(norm, keep)
+    attention.embed_dim = found.inner.in_features = found.out.out_features = found.outer.out_features = int(keep.sum())
+
+
+def _narrow_norm(norm: nn.LayerNorm, keep: Tensor) -> None:
+    norm.normalized_shape = (int(keep.sum()),)
+    for leaf in ("weight", "bias"):
+        _narrow(Place(norm, leaf, 0), keep)
+
+
+def _narrow(place: Place, keep: Tensor) -> None:
+    """A parameter, where there is one, and its mask, less some of a dimension."""
+    owner, leaf, axis = place
+    value = getattr(owner, leaf, None)
+    if value is None:
+        return
+    chosen = keep.nonzero()[:, 0].to(value.device)
+    setattr(owner, leaf, nn.Parameter(value.detach().index_select(axis, chosen).clone(), requires_grad=value.requires_grad))
+    mask = getattr(owner, leaf + MASK, None)
+    if isinstance(mask, Tensor):
+        owner.register_buffer(leaf + MASK, mask.index_select(axis, chosen).clone())
