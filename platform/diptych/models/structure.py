@@ -178,8 +178,13 @@ def _fold(model: DualEncoder, section: str, prefix: str) -> None:
 
 def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> None:
     """Gives a model's blocks the shapes that were noted; what the weights are does not matter yet. Raises ConfigError for unknown blocks."""
+    from diptych.models import reparameterize
+
     kept = {}
     for name, counts in structure.items():
+        if reparameterize.FUSED in counts:
+            reparameterize.fuse(model.clip, name)
+            continue
         try:
             found = parts(model.clip.get_submodule(name), name)
         except AttributeError as error:
@@ -192,9 +197,13 @@ def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> Non
 
 def open_clip_says(model: DualEncoder) -> str:
     """Whether open_clip can open the model as it is, and if not, why."""
+    from diptych.models import reparameterize
+
     if not model.structure:
         return "yes"
     some = ", ".join(list(model.structure)[:2])
+    if any(reparameterize.FUSED in counts for counts in model.structure.values()):
+        return f"no: {len(model.structure)} modules ({some}, …) are fused or cut, which open_clip's configuration cannot say"
     return (
         f"no: {len(model.structure)} blocks ({some}, …) have their own numbers of heads and neurons, which open_clip's configuration cannot say; "
         "the masked form opens there"
