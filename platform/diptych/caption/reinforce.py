@@ -57,8 +57,6 @@ class Config(BaseConfig):
             raise ValueError(f"crop_scale {self.crop_scale} must be (least, most) with 0 < least <= most <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio {self.crop_ratio} must be (least, most) with 0 < least <= most")
-        if len(set(self.teachers)) < len(self.teachers):
-            raise ValueError(f"teachers {list(self.teachers)}: each at most once")
         return self
 
     @property

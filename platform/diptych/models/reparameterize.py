@@ -154,7 +154,8 @@ def fusible(model: nn.Module) -> list[str]:
     """The names of the modules that can be fused and are not yet; those inside another such module go with it."""
     kinds, found = tuple(_kinds()), list[str]()
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and module.reparam_conv is None and not any(name.startswith(f"{outer}.") for outer in found):
+        whole = isinstance(module, kinds) and getattr(module, "reparam_conv", None) is None
+        if whole and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return found
 

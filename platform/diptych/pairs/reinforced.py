@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -101,7 +102,8 @@ class Reinforced:
 
     def draw(self, seed: int, epoch: int, key_N: NDArray[np.uint64], rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of its augmentations each pair shows on this visit, int64 `[N]`, named by `(seed, epoch, key)`."""
-        return (chance.uniform(seed, STREAM, epoch, key_N) * self.count_N[rows_N]).astype(np.int64)
+        choice_N = (chance.uniform(seed, STREAM, epoch, key_N) * self.count_N[rows_N]).astype(np.int64)
+        return cast(NDArray[np.int64], choice_N)
 
     def picture(self, picture_HWC: Pixels, row: int, choice: int, size: int) -> Pixels:
         """A pair's picture as one of its augmentations shows it, `[size, size, 3]`. Raises DataError where its box is not in the picture."""
@@ -142,7 +144,7 @@ class Reinforced:
 _FIX = "put {method: reinforce} last in the caption phase"
 
 
-def _laid_out(lists: pl.Series) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+def _laid_out(lists: pl.Series) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The elements of all lists end to end, and where each list begins."""
     count_N = lists.list.len().cast(pl.Int64).to_numpy()
     flat = lists.filter(lists.list.len() > 0).explode().to_numpy()
