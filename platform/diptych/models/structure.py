@@ -177,7 +177,10 @@ def _fold(model: DualEncoder, section: str, prefix: str) -> None:
 
 
 def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> None:
-    """Gives a model's blocks the shapes that were noted; what the weights are does not matter yet. Raises ConfigError for unknown blocks."""
+    """Gives a model's blocks the shapes that were noted, and fuses what was; what the weights are does not matter yet.
+
+    Raises ConfigError for unknown blocks.
+    """
     from diptych.models import reparameterize
 
     kept = {}
