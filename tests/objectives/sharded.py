@@ -47,8 +47,16 @@ def batch(rows: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
         "image_NCHW": torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64),
         "label_N": torch.arange(rows) % len(NAMES),
         "row_N": torch.arange(rows),
+        **{f"teacher_{name}_NKD": taught(rows, generator) for name in ("image", "text", "synthetic")},
         **texts,
     }
+
+
+def taught(rows: int, generator: torch.Generator) -> Tensor:
+    """Features of two teachers of other widths, as they are stored: `[N, 2, D]`, half precision, the narrower one's padded."""
+    feature_NKD = torch.randn(rows, 2, 6, generator=generator, dtype=torch.float64)
+    feature_NKD[:, 0, 4:] = 0
+    return nn.functional.normalize(feature_NKD, dim=2).half().float()
 
 
 def encoded(model: Scaled, tensors: Mapping[str, Tensor], step: int = 0) -> Encoded:

@@ -33,6 +33,7 @@ CASES: dict[str, Case] = {
         {"method": "m2-mix", "tau": 0.2, "multimodal": 0.0, "visual": 0.3, "language": 0.4, "original_negatives": True},
         None,
     ),
+    "mobileclip": ({"method": "mobileclip", "contrastive": 0.25, "distillation": 0.75, "teacher_scale": [7.0, 5.0]}, None),
     "siglip": ({"method": "siglip", "bias": -2.0}, None),
     "siglip-own-bias": ({"method": "siglip"}, -2.0),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),

@@ -61,6 +61,7 @@ TABLE: tuple[Row, ...] = (
     Row("laclip", "caption", "diptych.caption.laclip:Config", "PairMethod", "Improving CLIP Training with Language Rewrites (NeurIPS 2023)", "rewrite captions, train on one drawn at random"),
     Row("veclip", "caption", "diptych.caption.veclip:Config", "PairMethod", "VeCLIP: Improving CLIP Training via Visual-enriched Captions (ECCV 2024)", "describe pictures, fuse that with the alt text, train on a mixture of both"),
     Row("cfg-captioning", "caption", "diptych.caption.cfg_captioning:Config", "PairMethod", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "caption pictures, the more specifically the larger the guidance"),
+    Row("reinforce", "caption", "diptych.caption.reinforce:Config", "PairMethod", "MobileCLIP (CVPR 2024)", "store augmentations, and what several teachers see in them and in the captions"),
     # train
     Row("clip", "objective", "diptych.objectives.clip:Config", "Objective", "Learning Transferable Visual Models From Natural Language Supervision (2021)", "symmetric contrastive loss"),
     Row("shrinkmatch", "objective", "diptych.objectives.shrinkmatch:Config", "Objective", "Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning (ICCV 2023)", "consistency on uncertain pictures, in a class space without the runners-up"),
@@ -75,6 +76,7 @@ TABLE: tuple[Row, ...] = (
     Row("cgt-gan", "objective", "diptych.objectives.cgt_gan:Config", "Objective", "CgT-GAN: CLIP-guided Text GAN for Image Captioning (ACM MM 2023)", "a captioner from unpaired pictures and sentences, rewarded by CLIP and a discriminator"),
     Row("dc-clip", "objective", "diptych.objectives.dc_clip:Config", "Objective", "DC-CLIP: Multilingual CLIP Compression (Pattern Recognition 2025)", "each tower learns a teacher's feature maps by itself, before both are aligned"),
     Row("tinyclip", "objective", "diptych.objectives.tinyclip:Config", "Objective", "TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance (ICCV 2023)", "reproduce a teacher's affinities, and begin with a slice of its weights"),
+    Row("mobileclip", "objective", "diptych.objectives.mobileclip:Config", "Objective", "MobileCLIP (CVPR 2024)", "learn the similarities that several teachers, asked once before training, see in the batch"),
     Row("adamw", "optimizer", "diptych.optimizers.adamw:Config", "Optimizer", "Decoupled Weight Decay Regularization (ICLR 2019)", "torch's fused AdamW"),
     Row("adamp", "optimizer", "diptych.optimizers.adamp:Config", "Optimizer", "AdamP (ICLR 2021)", "Adam without the radial part of the step"),
     Row("sgdp", "optimizer", "diptych.optimizers.sgdp:Config", "Optimizer", "AdamP (ICLR 2021)", "SGD with momentum, without the radial part of the step"),
@@ -105,6 +107,7 @@ TABLE: tuple[Row, ...] = (
     Row("rd-prune", "compress", "diptych.compress.rd_prune:Config", "Compressor", "Efficient Joint Optimization of Layer-Adaptive Weight Pruning (ICCV 2023)", "each layer's sparsity by what it does to the output, one exact budget"),
     Row("dimap", "compress", "diptych.compress.dimap:Config", "Compressor", "Data-independent Module-Aware Pruning for Hierarchical Vision Transformers (ICLR 2024)", "scores within layers, one threshold a kind of layer, no data"),
     Row("ap", "compress", "diptych.compress.ap:Config", "Compressor", "AP: Selective Activation for De-sparsifying Pruned Neural Networks (TMLR 2023)", "iterative pruning that spends a part on negative weights that hardly move"),
+    Row("reparameterize", "compress", "diptych.compress.reparameterize:Config", "Compressor", "MobileCLIP (CVPR 2024)", "parallel convolutions and their norms as one: the same function, faster"),
     Row("rws", "compress", "diptych.adapt.rws:Config", "Compressor", "Robust Weight Signatures (ICML 2023)", "patch shallow layers with what training on a corruption changed"),
     Row("wise-ft", "compress", "diptych.adapt.interpolation:WiseFTConfig", "Compressor", "Robust fine-tuning of zero-shot models (CVPR 2022)", "the straight line back to the zero-shot model"),
     Row("soup", "compress", "diptych.adapt.interpolation:SoupConfig", "Compressor", "Model soups (ICML 2022)", "average models fine-tuned from one start"),

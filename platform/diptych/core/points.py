@@ -145,6 +145,9 @@ class Wants:
         captions: further captions of each pair, `text1_NL`, …: others than the first and each other as far as the pair has as many.
         sources: kinds of captions, e.g. `"synthetic"`, of each of which one is delivered beside as `<source>_NL`: one whose source is
             that or begins with it and a colon. The pair's own captions above are then drawn from those of no such source.
+        reinforced: the pair's picture is one of its stored augmentations (`pairs/reinforced.py`), and with it comes what teachers made of
+            it and of the captions that were delivered: `teacher_image_NKD`, `teacher_text_NKD`, `teacher_<source>_NKD`, float32, a row a
+            teacher, zero-padded where their widths differ.
         encodes: the towers whose features it reads from `Encoded`.
     """
 
@@ -152,6 +155,7 @@ class Wants:
     columns: tuple[str, ...] = ()
     captions: int = 0
     sources: tuple[str, ...] = ()
+    reinforced: bool = False
     encodes: tuple[Tower, ...] = ("image", "text")
 
     @classmethod

@@ -35,7 +35,8 @@ class DualEncoder(nn.Module):
     Attributes:
         image_size: side in pixels of the square images it takes.
         context_length: tokens of the longest caption it takes.
-        structure: heads and neurons left, by block, where they are fewer than `config` says (`models/structure.py`); mostly empty.
+        structure: heads and neurons left, by block, where they are fewer than `config` says, and which modules are fused
+            (`models/structure.py`, `models/reparameterize.py`); mostly empty.
         preprocess_cfg: open_clip's evaluation preprocessing: size, mean, std, interpolation, resize_mode, fill_color, mode.
         mean, std: `[3]`, of pixels in [0, 1]; buffers that are not saved.
     """

@@ -181,7 +181,12 @@ def _fold(model: DualEncoder, section: str, prefix: str) -> None:
 
 
 def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> None:
-    """Gives a model's blocks the shapes that were noted; what the weights are does not matter yet. Raises ConfigError for unknown blocks."""
+    """Gives a model's blocks the shapes that were noted, and fuses what was; what the weights are does not matter yet.
+
+    Raises ConfigError for unknown blocks.
+    """
+    from diptych.models import reparameterize
+
     kept = {}
     for name, counts in structure.items():
         if "width" in counts:
@@ -189,7 +194,9 @@ def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> Non
             full = len(outside(model, kind).norms[-1].weight)
             cut_width(model, kind, torch.arange(full) < counts["width"])
     for name, counts in structure.items():
-        if "width" in counts:
+        if reparameterize.FUSED in counts:
+            reparameterize.fuse(model.clip, name)
+        if "width" in counts or reparameterize.FUSED in counts:
             continue
         try:
             found = parts(model.clip.get_submodule(name), name)
@@ -203,11 +210,15 @@ def shape(model: DualEncoder, structure: Mapping[str, Mapping[str, int]]) -> Non
 
 def open_clip_says(model: DualEncoder) -> str:
     """Whether open_clip can open the model as it is, and if not, why."""
+    from diptych.models import reparameterize
+
     if not model.structure:
         return "yes"
     some = ", ".join(list(model.structure)[:2])
     if any("width" in counts for counts in model.structure.values()):
         return f"no: towers or blocks ({some}, …) have their own widths and numbers of heads and neurons, which open_clip's configuration cannot say"
+    if any(reparameterize.FUSED in counts for counts in model.structure.values()):
+        return f"no: {len(model.structure)} modules ({some}, …) are fused or cut, which open_clip's configuration cannot say"
     return (
         f"no: {len(model.structure)} blocks ({some}, …) have their own numbers of heads and neurons, which open_clip's configuration cannot say; "
         "the masked form opens there"

@@ -22,6 +22,7 @@ from diptych.core.errors import ConfigError, DataError, Problem
 from diptych.core.points import Wants
 from diptych.pairs import captions
 from diptych.pairs.decode import Pixels, crop, decode, decode_train, flatten
+from diptych.pairs.reinforced import COLUMN, Reinforced
 from diptych.train import curriculum
 from diptych.train.augment import turn
 from diptych.train.config import TrainConfig
@@ -65,12 +66,14 @@ class Batch:
 
 @dataclass
 class _Visit:
-    """What is drawn for one batch: the keys that name its draws, how its pictures look, the pairs' own and then the views, and their side in pixels."""
+    """What is drawn for one batch: the keys that name its draws, how its pictures look, the pairs' own and then the views, and their side in pixels.
+    `stored_N`: which of its stored augmentations each pair shows, in place of the first look."""
 
     epoch: int
     key_N: NDArray[np.uint64]
     looks: list[Look]
     size: int
+    stored_N: NDArray[np.int64] | None = None
     read_s: float = 0.0
 
 
@@ -118,6 +121,7 @@ class PairLoader:
         self.reader, self.tokenizer, self.image_size = reader, tokenizer, image_size
         self.recipes = [Recipe(config.augment), *(recipe(name, config.augment) for name in wants.views)]
         self.table = _Table(frame, wants)
+        self.stored = _stored(frame, config) if wants.reinforced else None
         self.order = _order(frame, config, seed)
         if config.text_lengths and not hasattr(tokenizer, "shorten"):
             got = type(tokenizer).__name__
@@ -172,13 +176,18 @@ class PairLoader:
         rows_N = self.order.batch(step, self.rank, self.world)
         visit = self._visit(rows_N, step)
         image_NCHW, *views = self._images(rows_N, visit)
-        text_NL, *texts = (self._ids(texts, step) for texts in self._texts(rows_N, visit))
-        kinds = {name: self._ids(self._texts_of(name, rows_N, visit), step) for name in self.wants.sources}
+        drawn, others = self._texts(rows_N, visit), {name: self._texts_of(name, rows_N, visit) for name in self.wants.sources}
+        text_NL, *texts = (self._ids(texts, step) for texts in drawn)
+        kinds = {name: self._ids(texts, step) for name, texts in others.items()}
         arrays: dict[str, NDArray[Any]] = {"image_NCHW": image_NCHW, "text_NL": text_NL, "row_N": rows_N}
         arrays |= {f"view{index}_NCHW": view for index, view in enumerate(views)}
         arrays |= {f"text{index}_NL": text for index, text in enumerate(texts, start=1)}
         arrays |= {f"{name}_NL": kind_NL for name, kind_NL in kinds.items()}
         arrays |= {f"{name}_N": value_N[rows_N] for name, value_N in self.table.columns.items()}
+        if self.stored is not None and visit.stored_N is not None:
+            arrays["teacher_image_NKD"] = self.stored.image_features(rows_N, visit.stored_N)
+            asked = {"text": drawn[0], **others}
+            arrays |= {f"teacher_{name}_NKD": self.stored.text_features(rows_N, texts) for name, texts in asked.items()}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Batch(tensors, visit.read_s, time.perf_counter() - started - visit.read_s)
 
@@ -191,7 +200,8 @@ class PairLoader:
             for each, seed in zip(self.recipes, seeds, strict=True)
         ]
         stage = curriculum.stage(self.config.image_sizes, step, self._total_steps)
-        return _Visit(epoch, key_N, looks, self.image_size if stage is None else self.config.image_sizes[stage].size)
+        stored_N = None if self.stored is None else self.stored.draw(self.seed, epoch, key_N, rows_N)
+        return _Visit(epoch, key_N, looks, self.image_size if stage is None else self.config.image_sizes[stage].size, stored_N)
 
     def _ids(self, texts: list[str], step: int) -> NDArray[np.int64]:
         text_NL, stage = self.tokenizer.encode_cut(texts), curriculum.stage(self.config.text_lengths, step, self._total_steps)
@@ -206,8 +216,17 @@ class PairLoader:
         for place, row in enumerate(rows_N.tolist()):
             source = self._source(row, visit)
             for image_NCHW, look in zip(images, visit.looks, strict=True):
-                image_NCHW[place] = self._picture(source, place, row, look, visit.size).transpose(2, 0, 1)
+                again = self._again(source, place, row, visit) if look is visit.looks[0] else None
+                picture = self._picture(source, place, row, look, visit.size) if again is None else again
+                image_NCHW[place] = picture.transpose(2, 0, 1)
         return [look.finish(image_NCHW) for image_NCHW, look in zip(images, visit.looks, strict=True)]
+
+    def _again(self, source: bytes | Pixels, place: int, row: int, visit: _Visit) -> Pixels | None:
+        """A picture `[H, W, 3]` as the teachers saw it, if the objective wants that."""
+        if self.stored is None or visit.stored_N is None:
+            return None
+        whole = decode(source, self.table.where(row), size=self.table.picture_size(row)) if isinstance(source, bytes) else source
+        return self.stored.picture(flatten(whole), row, int(visit.stored_N[place]), visit.size)
 
     def _source(self, row: int, visit: _Visit) -> bytes | Pixels:
         """What a picture is made from: its whole pixels, if those are kept in memory, or its bytes."""
@@ -262,6 +281,18 @@ class PairLoader:
         kind = self.table.kinds[source]
         draw = int(chance.mix(self.seed, chance.key_hash(source)))
         return kind.of(rows_N, captions.draws(draw, visit.epoch, visit.key_N, kind.count_N[rows_N]))
+
+
+def _stored(frame: pl.DataFrame, config: TrainConfig) -> Reinforced:
+    """What the teachers said. Raises ConfigError if nobody asked them, or if pictures would be changed after what they saw."""
+    if COLUMN not in frame.columns:
+        fix = "put {method: reinforce, teachers: [...]} last in the caption phase"
+        raise ConfigError.at("The pairs were not shown to teachers", "objective", COLUMN, f"one of {', '.join(frame.columns)}", fix)
+    augment = config.augment
+    if augment.flip or augment.rotate_deg or augment.recolors:
+        got, expected = augment.plain(), "no mirror, turn or colours: stored augmentations take the place of the run's own"
+        raise ConfigError.at("What the teachers saw must not be changed again", "augment", got, expected)
+    return Reinforced(frame[COLUMN], frame["key"])
 
 
 def _order(frame: pl.DataFrame, config: TrainConfig, seed: int) -> BatchOrder | MixedOrder:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import BatchSize, TrainContext, Wants
 from diptych.models.decay import decays
+from diptych.pairs.reinforced import COLUMN
 from diptych.train import sharding, sync, towers, validate
 from diptych.train.checkpoint import Checkpoints, TrainState, is_shared_out
 from diptych.train.clock import ADVICE
@@ -118,7 +119,7 @@ def train(
         torch.manual_seed(seed)
         objective = build_objective()
         wants = Wants.of(objective)
-        rows, place = _rows(dataset, split, config, wants.columns), {"seed": seed, "rank": rank, "world": world}
+        rows, place = _rows(dataset, split, config, _columns(dataset, wants)), {"seed": seed, "rank": rank, "world": world}
         loader = PairLoader(rows, dataset.reader(), model.tokenizer, model.image_size, config, wants=wants, cores=cores, **place)
         total_steps = config.total_steps(loader.steps_per_epoch)
         names = _class_names(dataset, split) if "label" in wants.columns else {}
@@ -260,6 +261,12 @@ def _check_division(config: TrainConfig, world: int) -> None:
     parts = world * config.accumulate
     if config.batch_size % parts:
         raise ConfigError.at("The batch does not divide", "batch_size", config.batch_size, f"a multiple of {parts}: workers x accumulate")
+
+
+def _columns(dataset: PairDataset, wants: Wants) -> list[str]:
+    """The columns that an objective wants; what teachers said only where they were asked, which the loader sees to."""
+    stored = wants.reinforced and COLUMN in dataset.scan().collect_schema()
+    return [*wants.columns, *([COLUMN] if stored else [])]
 
 
 def _rows(dataset: PairDataset, split: str | None, config: TrainConfig, wanted: Sequence[str] = ()) -> pl.DataFrame:
