@@ -33,6 +33,8 @@ CASES: dict[str, Case] = {
     "siglip-own-bias": ({"method": "siglip"}, -2.0),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),
     "cloob-infonce": ({"method": "cloob", "beta": 3.0, "loss": "infonce"}, None),
+    "a-clip": ({"method": "a-clip", "hidden": 12, "width": 6, "cell": 1}, None),
+    "a-clip-random": ({"method": "a-clip", "hidden": 12, "width": 6, "select": "random"}, None),
     "cloob-no-retrieval": ({"method": "cloob", "retrieval": False, "inv_tau": None}, None),
 }
 

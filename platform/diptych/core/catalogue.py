@@ -67,6 +67,7 @@ TABLE: tuple[Row, ...] = (
     Row("adawac", "objective", "diptych.objectives.adawac:Config", "Objective", "AdaWAC (ICML 2023)", "each pair weighs its supervised loss against consistency of two views"),
     Row("cloob", "objective", "diptych.objectives.cloob:Config", "Objective", "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP (NeurIPS 2022)", "compare what a Hopfield network retrieves, a pair left out of its own denominator"),
     Row("alip", "objective", "diptych.objectives.alip:Config", "Objective", "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption (ICCV 2023)", "raw and synthetic captions, weighed down where picture and captions disagree"),
+    Row("a-clip", "objective", "diptych.objectives.a_clip:Config", "Objective", "Attentive Mask CLIP (ICCV 2023)", "the image tower sees the half of the tokens that its running average attends to, of two views"),
     Row("siglip", "objective", "diptych.objectives.siglip:Config", "Objective", "Sigmoid Loss for Language Image Pre-Training (ICCV 2023)", "a yes-or-no question for every combination of picture and text"),
     Row("distillation", "objective", "diptych.objectives.distillation:Config", "Objective", "CLIP-KD (CVPR 2024)", "learn the similarities, or the features, of a frozen teacher"),
     Row("m2-mix", "objective", "diptych.objectives.m2_mix:Config", "Objective", "Geodesic Multi-Modal Mixup for Robust Fine-Tuning (NeurIPS 2023)", "hard negatives on the great circle between a picture and its caption"),
