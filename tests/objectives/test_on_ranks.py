@@ -35,6 +35,8 @@ CASES: dict[str, Case] = {
     "cloob-infonce": ({"method": "cloob", "beta": 3.0, "loss": "infonce"}, None),
     "a-clip": ({"method": "a-clip", "hidden": 12, "width": 6, "cell": 1}, None),
     "a-clip-random": ({"method": "a-clip", "hidden": 12, "width": 6, "select": "random"}, None),
+    "lightclip": ({"method": "lightclip", "vocabulary": "seen", "mask": 0.4, "fusion": [0, -1]}, None),
+    "lightclip-exact": ({"method": "lightclip", "matching": "exact", "softening": "uniform", "mlm": 0.0}, None),
     "cloob-no-retrieval": ({"method": "cloob", "retrieval": False, "inv_tau": None}, None),
 }
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core import catalogue
-from diptych.core.points import Encoded, TrainContext
+from diptych.core.points import Encoded, TrainContext, Wants
 from diptych.models import clip
 from diptych.models.clip import DualEncoder
+from diptych.models.tokenizer import Tokenizer
 
 METHODS = ("a-clip", "lightclip", "clip-rocket")
 """Objectives that are tested on it."""
@@ -60,7 +61,7 @@ def batch(rows: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     names = ("image_NCHW", "view0_NCHW", "view1_NCHW")
     found = {name: torch.randint(0, 256, (rows, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8) for name in names}
-    tokenizer = clip.build(CONFIG).tokenizer
+    tokenizer = Tokenizer(CONFIG["text_cfg"]["context_length"])
     for shift, name in enumerate(("text_NL", "text1_NL", "text2_NL")):
         found[name] = torch.from_numpy(tokenizer.encode_cut([CAPTIONS[(row + shift) % len(CAPTIONS)] for row in range(rows)]))
     for name in ("image", "view0"):
@@ -93,8 +94,6 @@ def cut(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Tenso
 
 def on_a_rank(rank: int, world: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Two updates' losses, the second's gradients and the state after it; weights move a little in between, the same everywhere."""
-    from diptych.core.points import Wants
-
     objective, dual = started(settings, rank, world)
     losses = []
     for step in range(2):
@@ -106,8 +105,8 @@ def on_a_rank(rank: int, world: int, settings: Mapping[str, Any]) -> dict[str, A
         found = gradients(dual, objective)
         if step == 0:
             with torch.no_grad():
-                for parameter in dual.parameters():
-                    parameter.mul_(1.01)
+                for parameter in (*dual.parameters(), *objective.parameters()):
+                    parameter.mul_(1.01).add_(0.01)
         if hasattr(objective, "after_step"):
             objective.after_step(step + 1, dual)
     return {"losses": torch.stack(losses), "grads": found, "state": objective.state_dict()}
