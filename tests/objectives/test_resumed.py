@@ -64,6 +64,7 @@ def left(folder: Path) -> dict[str, np.ndarray]:
         ({"method": "vr-lwf", "sentences": 6, "words": 2, "replay": ["vocabulary", "classes"]}, set()),
         ({"method": "distillation", "teacher": "@start", "features": 1.0}, set()),
         ({"method": "lightclip", "vocabulary": "seen", "probe": ["red"]}, None),
+        ({"method": "clip-rocket", "hidden": 8, "width": 4, "extra_width": 4, "extra": "byolip"}, None),
         ({"method": "a-clip", "hidden": 8, "width": 4, "cell": 1}, None),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",

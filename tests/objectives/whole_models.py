@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,9 +37,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def model(seed: int = 0) -> DualEncoder:
+@cache
+def _built(seed: int) -> DualEncoder:
     torch.manual_seed(seed)
     return clip.build(CONFIG).double()
+
+
+def model(seed: int = 0) -> DualEncoder:
+    return deepcopy(_built(seed))
 
 
 def context(model: DualEncoder, rank: int = 0, world: int = 1, total_steps: int = 10) -> TrainContext:
