@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import whole_models
 from torch import Tensor, nn
 from worlds import WIDTH, WORDS, Vectors
 
@@ -86,6 +87,9 @@ def on_a_rank(rank: int, world: int, cases: Sequence[Case], rows: int = ROWS) ->
     """Of each case two updates' losses, the second's gradients and the state after it."""
     results = []
     for settings, bias in cases:
+        if settings["method"] in whole_models.METHODS:
+            results.append(whole_models.on_a_rank(rank, world, settings))
+            continue
         objective, model = started(settings, rank, world, bias)
         losses = []
         for step in range(2):
@@ -95,7 +99,5 @@ def on_a_rank(rank: int, world: int, cases: Sequence[Case], rows: int = ROWS) ->
             parts = objective(encoded(model, own, step))
             parts["loss"].backward()
             losses.append(parts["loss"].detach())
-        named = [*model.named_parameters(), *((f"objective.{name}", value) for name, value in objective.named_parameters())]
-        grads = {name: value.grad for name, value in named if value.grad is not None}
-        results.append({"losses": torch.stack(losses), "grads": grads, "state": objective.state_dict()})
+        results.append({"losses": torch.stack(losses), "grads": whole_models.gradients(model, objective), "state": objective.state_dict()})
     return results

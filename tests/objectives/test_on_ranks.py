@@ -38,6 +38,15 @@ CASES: dict[str, Case] = {
     "siglip-own-bias": ({"method": "siglip"}, -2.0),
     "cloob": ({"method": "cloob", "inv_tau": None}, None),
     "cloob-infonce": ({"method": "cloob", "beta": 3.0, "loss": "infonce"}, None),
+    "a-clip": ({"method": "a-clip", "hidden": 12, "width": 6, "cell": 1}, None),
+    "a-clip-random": ({"method": "a-clip", "hidden": 12, "width": 6, "select": "random"}, None),
+    "lightclip": ({"method": "lightclip", "vocabulary": "seen", "mask": 0.4, "fusion": [0, -1]}, None),
+    "lightclip-exact": ({"method": "lightclip", "matching": "exact", "softening": "uniform", "mlm": 0.0}, None),
+    "clip-rocket": ({"method": "clip-rocket", "hidden": 12, "width": 6, "reduction": "avg"}, None),
+    "siamlip": ({"method": "clip-rocket", "hidden": 12, "width": 6, "extra_width": 5, "extra": "siamlip", "captions": "several"}, None),
+    "byolip": ({"method": "clip-rocket", "hidden": 12, "width": 6, "extra_width": 5, "extra": "byolip"}, None),
+    "barlip": ({"method": "clip-rocket", "hidden": 12, "width": 6, "extra_width": 5, "extra": "barlip", "separate": False}, None),
+    "swalip": ({"method": "clip-rocket", "hidden": 12, "width": 6, "extra_width": 5, "extra": "swalip", "smoothing": 0.0}, None),
     "cloob-no-retrieval": ({"method": "cloob", "retrieval": False, "inv_tau": None}, None),
 }
 
@@ -49,7 +58,7 @@ def single() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    results = run_ranks(request.param, on_a_rank, list(CASES.values()))
+    results = run_ranks(request.param, on_a_rank, list(CASES.values()), timeout_s=280.0)
     return [dict(zip(CASES, result, strict=True)) for result in results]
 
 

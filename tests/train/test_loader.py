@@ -358,3 +358,20 @@ def test_labelled_pairs_have_their_share_and_look_new_each_time() -> None:
         looks += [batch.tensors["image_NCHW"][place.index(0)]] if 0 in place else []
     assert len(looks) == 3
     assert all(not torch.equal(looks[0], other) for other in looks[1:])
+
+
+def test_where_pictures_were_cut_out_is_told_if_it_is_wanted() -> None:
+    frame, reader = drawings(16)
+    wants = Wants(views=("weak", "around"), boxes=True)
+    augment = {"flip": True, "crop_scale": [0.3, 0.6]}
+    found = loader(frame, reader, wants=wants, augment=augment).batch(0).tensors
+    whole_N5 = found["view1_box_N5"]
+    for name in ("image", "view0"):
+        box_N5 = found[f"{name}_box_N5"]
+        assert box_N5.dtype == torch.int64
+        assert (box_N5[:, :2] >= whole_N5[:, :2]).all()
+        assert (box_N5[:, :2] + box_N5[:, 2:4] <= whole_N5[:, :2] + whole_N5[:, 2:4]).all()
+    assert 0 < found["image_box_N5"][:, 4].float().mean() < 1
+    assert not any(name.endswith("_box_N5") for name in loader(frame, reader, augment=augment).batch(0).tensors)
+    with pytest.raises(ConfigError, match="rotate_deg"):
+        loader(frame, reader, wants=wants, augment={"rotate_deg": 5.0})

@@ -115,3 +115,25 @@ def test_all_operations_are_drawn() -> None:
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'strong'"):
         recipe("stron", OWN)
+
+
+def test_crop_changes_the_crop_alone() -> None:
+    assert recipe("crop", OWN).augment == OWN.model_copy(update={"crop_scale": (0.08, 1.0)})
+
+
+def test_around_lies_around_the_other_views_and_inside_the_picture() -> None:
+    size_N = np.full(400, SIDE, dtype=np.int64)
+    first, second, around = (look(name, 400, seed=seed) for name, seed in (("weak", 1), ("crop", 2), ("around", 3)))
+    around.enclose([first.draws.box_N4, second.draws.box_N4], size_N, size_N)
+    left, top, width, height = around.draws.box_N4.T
+    assert min(left.min(), top.min()) == 0
+    assert max((left + width).max(), (top + height).max()) == SIDE
+    for other in (first.draws.box_N4, second.draws.box_N4):
+        x, y, w, h = other.T
+        assert ((left <= x) & (top <= y) & (left + width >= x + w) & (top + height >= y + h)).all()
+    assert (width * height < SIDE * SIDE).mean() > 0.3
+    assert not around.draws.flip_N.any()
+    assert first.draws.flip_N.any()
+    part = look("around", 40, seed=3, first=100)
+    part.enclose([each.draws.box_N4[100:140] for each in (first, second)], size_N[:40], size_N[:40])
+    assert np.array_equal(part.draws.box_N4, around.draws.box_N4[100:140])

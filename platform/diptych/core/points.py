@@ -141,6 +141,8 @@ class Wants:
 
     Attributes:
         views: recipes (`train/views.py`, e.g. `"weak"`, `"strong"`) of further augmented pictures of each pair: `view0_NCHW`, …, uint8.
+        boxes: whether to tell where each picture was cut out: `image_box_N5`, `view0_box_N5`, …, int64: left, top, width and height in
+            pixels of the whole picture, and 1 if it was mirrored.
         columns: numbers of the pair table, delivered as `<column>_N`: integers as int64 with -1 for null, floats as float32 with NaN.
         captions: further captions of each pair, `text1_NL`, …: others than the first and each other as far as the pair has as many.
         sources: kinds of captions, e.g. `"synthetic"`, of each of which one is delivered beside as `<source>_NL`: one whose source is
@@ -152,6 +154,7 @@ class Wants:
     """
 
     views: tuple[str, ...] = ()
+    boxes: bool = False
     columns: tuple[str, ...] = ()
     captions: int = 0
     sources: tuple[str, ...] = ()

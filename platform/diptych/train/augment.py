@@ -82,6 +82,11 @@ class Draws:
         left, top, width, height = self.box_N4[place].tolist()
         return left, top, width, height
 
+    @property
+    def box_and_flip_N5(self) -> NDArray[np.int64]:
+        """Left, top, width, height of every crop, and 1 where it is mirrored."""
+        return np.concatenate([self.box_N4, self.flip_N[:, None].astype(np.int64)], axis=1)
+
     def background(self, place: int) -> Colour:
         """The background of one picture of the batch."""
         red, green, blue = self.background_N3[place].tolist()

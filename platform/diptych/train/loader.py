@@ -117,6 +117,9 @@ class PairLoader:
             raise ConfigError.at("The batch does not divide by the workers", "batch_size", config.batch_size, f"a multiple of {world}")
         if config.avoid is not None and config.avoid not in frame.columns:
             raise ConfigError.at("There is no such column", "avoid", config.avoid, f"one of {', '.join(frame.columns)}")
+        if wants.boxes and config.augment.rotate_deg:
+            fix = "set train.augment.rotate_deg: 0"
+            raise ConfigError.at("The objective asks where pictures were cut out", "rotate_deg", config.augment.rotate_deg, "0", fix)
         self.config, self.seed, self.rank, self.world, self.wants = config, seed, rank, world, wants
         self.reader, self.tokenizer, self.image_size = reader, tokenizer, image_size
         self.recipes = [Recipe(config.augment), *(recipe(name, config.augment) for name in wants.views)]
@@ -181,6 +184,9 @@ class PairLoader:
         kinds = {name: self._ids(texts, step) for name, texts in others.items()}
         arrays: dict[str, NDArray[Any]] = {"image_NCHW": image_NCHW, "text_NL": text_NL, "row_N": rows_N}
         arrays |= {f"view{index}_NCHW": view for index, view in enumerate(views)}
+        if self.wants.boxes:
+            names = ["image", *(f"view{index}" for index in range(len(views)))]
+            arrays |= {f"{name}_box_N5": look.draws.box_and_flip_N5 for name, look in zip(names, visit.looks, strict=True)}
         arrays |= {f"text{index}_NL": text for index, text in enumerate(texts, start=1)}
         arrays |= {f"{name}_NL": kind_NL for name, kind_NL in kinds.items()}
         arrays |= {f"{name}_N": value_N[rows_N] for name, value_N in self.table.columns.items()}
@@ -199,6 +205,10 @@ class PairLoader:
             Look(each, seed, epoch, key_N=key_N, width_N=table.width_N[rows_N], height_N=table.height_N[rows_N])
             for each, seed in zip(self.recipes, seeds, strict=True)
         ]
+        for look in looks:
+            if look.recipe.around:
+                others = [other.draws.box_N4 for other in looks if not other.recipe.around]
+                look.enclose(others, table.width_N[rows_N], table.height_N[rows_N])
         stage = curriculum.stage(self.config.image_sizes, step, self._total_steps)
         stored_N = None if self.stored is None else self.stored.draw(self.seed, epoch, key_N, rows_N)
         return _Visit(epoch, key_N, looks, self.image_size if stage is None else self.config.image_sizes[stage].size, stored_N)

@@ -1,7 +1,8 @@
 """Further pictures of a pair for objectives that compare several: a recipe a view, on top of `augment.py`.
 
 `weak` is the run's own augmentation, drawn anew. `strong` adds two operations of RandAugment's kind and a cut-out, as FixMatch does
-(Sohn et al. 2020, appendix E); `simclr` is the recipe of SimCLR and SLIP: a small crop, a mirror, colours, a blur.
+(Sohn et al. 2020, appendix E); `simclr` is the recipe of SimCLR and SLIP: a small crop, a mirror, colours, a blur; `crop` is its crop alone,
+for captions that name sides and colours. `around` is a random part of the picture in which all other views of the pair lie (Yang et al. 2023).
 Every draw is a function of `(seed, epoch, key, view)`, all of it works on uint8, one picture never depends on another.
 
 Shape legend: N pictures, H W height and width, C channels, K operations.
@@ -9,8 +10,9 @@ Shape legend: N pictures, H W height and width, C channels, K operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ BLUR_SIGMA = (0.1 / 224, 2.0 / 224)
 """Standard deviation of the blur in shares of the picture's side."""
 
 # Numbers of the draws, after those of `augment.py`.
-BLUR, SIGMA, OPERATION, STRENGTH, CUT, CUT_LEFT, CUT_TOP = range(32, 39)
+BLUR, SIGMA, OPERATION, STRENGTH, CUT, CUT_LEFT, CUT_TOP, AROUND = range(32, 40)
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,27 @@ class Recipe:
         blur: share of the views that are blurred, in [0, 1].
         operations: how many of `OPERATIONS` each view goes through, drawn with replacement.
         cutout: the largest side of the grey square, in shares of the picture's side; its side is uniform below that.
+        around: the crop is drawn around those of all other views.
     """
 
     augment: AugmentConfig
     blur: float = 0.0
     operations: int = 0
     cutout: float = 0.0
+    around: bool = False
 
 
 SIMCLR = {"crop_scale": (0.08, 1.0), "flip": True, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
+
+CROP: dict[str, Any] = {"crop_scale": SIMCLR["crop_scale"]}
+PLAIN: dict[str, Any] = {"flip": False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0}
 
 RECIPES: dict[str, Callable[[AugmentConfig], Recipe]] = {
     "weak": Recipe,
     "strong": lambda own: Recipe(own, operations=2, cutout=0.5),
     "simclr": lambda own: Recipe(own.model_copy(update=SIMCLR), blur=0.5),
+    "crop": lambda own: Recipe(own.model_copy(update=CROP)),
+    "around": lambda own: Recipe(own.model_copy(update=PLAIN), around=True),
 }
 
 
@@ -87,6 +96,16 @@ class Look:
     ) -> None:
         self.recipe, self.seed, self.epoch, self.key_N = recipe, seed, epoch, key_N
         self.draws: Draws = draw(recipe.augment, seed, epoch, key_N=key_N, width_N=width_N, height_N=height_N)
+
+    def enclose(self, box_VN4: Sequence[NDArray[np.int64]], width_N: NDArray[np.int64], height_N: NDArray[np.int64]) -> None:
+        """Draws the crop anew: each of its edges lies anywhere between the boxes of the other views and the picture's own edge."""
+        boxes = np.stack(box_VN4)
+        low_N2, high_N2 = boxes[..., :2].min(axis=0), (boxes[..., :2] + boxes[..., 2:]).max(axis=0)
+        room_N2 = np.stack([width_N, height_N], axis=1) - high_N2
+        draw_N4 = self._uniform(AROUND, np.arange(4, dtype=np.uint64))
+        start_N2 = np.floor(draw_N4[:, :2] * (low_N2 + 1)).astype(np.int64)
+        stop_N2 = high_N2 + np.floor(draw_N4[:, 2:] * (room_N2 + 1)).astype(np.int64)
+        self.draws = replace(self.draws, box_N4=np.concatenate([start_N2, stop_N2 - start_N2], axis=1))
 
     def finish(self, image_NCHW: Pixels) -> Pixels:
         """Colours, then what else the recipe has, on the cropped pictures."""
