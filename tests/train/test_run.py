@@ -297,7 +297,10 @@ def test_an_objective_learns_of_the_run_at_its_start(named_root: Path, tmp_path:
         run(named_root, tmp_path, objective=Curious, seed=7)
     names = {0: "thing 0", 1: "thing 1", 2: "thing 2", 4: "thing 4"}
     expected = {"rows": 40, "class_names": names, "total_steps": 6, "rank": 0, "world": 1, "device": "cpu", "seed": 7}
-    assert made[0].context == expected
+    context = dict(made[0].context)
+    captions = context.pop("captions")
+    assert context == expected
+    assert callable(captions)
 
 
 def test_a_label_with_two_names_or_none_is_refused(tmp_path: Path) -> None:

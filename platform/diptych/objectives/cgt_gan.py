@@ -76,10 +76,10 @@ class CgtGan(nn.Module):
         if not texts:
             raise DataError.at("There is no corpus", "captions", "none", "a caption in some training pair")
         token_V = tokens_of(texts, context.tokenizer).to(context.device)
+        captioner = Captioner(model, token_V)  # type: ignore[arg-type]  # refuses a model that is no captioner
+        captioner.of_feature(torch.zeros(1, 1))  # refuses a decoder that looks at pictures' tokens
         keep_only(model, token_V)  # type: ignore[arg-type]
         self.register_buffer("token_V", token_V)
-        captioner = Captioner(model, token_V)  # type: ignore[arg-type]
-        captioner.of_feature(torch.zeros(1, 1))  # refuses a decoder that looks at pictures' tokens
         if self.config.stage == "adversarial":
             self._read_corpus(captioner, torch.from_numpy(context.tokenizer.encode_cut(texts)).to(context.device))
             self.discriminator = Discriminator(len(token_V), self.config.discriminator_width)

@@ -231,7 +231,7 @@ class ClipRocket(nn.Module):
         for view in range(VIEWS):
             text_NL = batch[f"text{view + 1}_NL"] if config.captions == "several" else batch["text_NL"]
             if config.drop_words > 0:
-                place = {"seed": self.seed, "row_N": batch["row_N"], "step": encoded.step, "view": view}
+                place: dict[str, Any] = {"seed": self.seed, "row_N": batch["row_N"], "step": encoded.step, "view": view}
                 text_NL = drop_words(text_NL, config.drop_words, **place)
             texts.append(text_NL)
         images = tuple(batch[f"view{view}_NCHW"] for view in range(VIEWS))
