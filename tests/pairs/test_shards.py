@@ -7,6 +7,7 @@ import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -110,3 +111,26 @@ def test_faults_are_named(tmp_path: Path) -> None:
         reader.read("images-00000", 0, 1 << 30)
     with pytest.raises(DataError, match="no picture to read"):
         reader.read_column(pl.Series("image", [None], dtype=IMAGE))
+
+
+def test_neighbours_in_a_store_are_read_together_and_others_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    tar = bytes(range(256)) * 64
+    fsspec.filesystem("memory").pipe("/bucket/many.tar", tar)
+    reader = ShardReader({"m": "memory://bucket/many.tar"})
+    asked: list[tuple[int, int]] = []
+
+    def read(shard: str, offset: int, size: int, own: Any = reader.read) -> bytes:
+        asked.append((offset, size))
+        return bytes(own(shard, offset, size))
+
+    monkeypatch.setattr(reader, "read", read)
+    monkeypatch.setattr(module, "GAP_BYTES", 100)
+    monkeypatch.setattr(module, "AHEAD_BYTES", 1000)
+    places = [(700, 10), (0, 50), (150, 30), (150, 30), (281, 10), (1300, 600), (710, 600), (1400, 20)]
+    column = pl.Series(
+        "image", [{"shard": "m", "offset": offset, "size": size, "width": 1, "height": 1} for offset, size in places], dtype=IMAGE
+    )
+    assert reader.read_column(column) == [tar[offset : offset + size] for offset, size in places]
+    assert asked == [(0, 180), (281, 10), (700, 610), (1300, 600)]

@@ -99,9 +99,10 @@ def pictures(frame: pl.DataFrame, reader: ShardReader, view: View | int, batch: 
     for start in range(0, frame.height, batch):
         rows = frame.slice(start, batch)
         decoded = np.empty((rows.height, 3, view.size, view.size), dtype=np.uint8)
-        for position, (key, image) in enumerate(zip(rows["key"], rows["image"], strict=True)):
+        encoded = reader.read_column(rows["image"])
+        for position, (key, image, data) in enumerate(zip(rows["key"], rows["image"], encoded, strict=True)):
             try:
-                picture = view.of(reader.read(image["shard"], image["offset"], image["size"]))
+                picture = view.of(data)
             except DiptychError as error:
                 raise DataError.at(
                     "A picture cannot be decoded", f"{image['shard']} at {image['offset']}", key, "an image", str(error)

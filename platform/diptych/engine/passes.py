@@ -123,8 +123,9 @@ def _check_painting(configs: Sequence[Config], phase: str, seed: int) -> None:
 
 
 def steps_of(configs: Sequence[Config]) -> list[Config]:
-    """The configurations to run in turn: a method that is a chain gives its own."""
-    return [step for config in configs for step in (config.steps() if hasattr(config, "steps") else (config,))]
+    """The configurations to run in turn: a method that is a chain gives its own. (A parameter may be called `steps`, too.)"""
+    found = ((config, getattr(config, "steps", None)) for config in configs)
+    return [step for config, steps in found for step in (steps() if callable(steps) else (config,))]
 
 
 def count(configs: Sequence[Config], seed: int) -> int:
