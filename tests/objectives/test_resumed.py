@@ -65,6 +65,7 @@ def left(folder: Path) -> dict[str, np.ndarray]:
         ({"method": "siglip"}, {"objective.logit_bias"}),
         ({"method": "vr-lwf", "sentences": 6, "words": 2, "replay": ["vocabulary", "classes"]}, set()),
         ({"method": "distillation", "teacher": "@start", "features": 1.0}, set()),
+        ({"method": "tinyclip", "teacher": "@start", "alpha": 0.5, "inherit": True}, set()),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )
