@@ -68,6 +68,7 @@ def left(folder: Path) -> dict[str, np.ndarray]:
         ({"method": "lightclip", "vocabulary": "seen", "probe": ["red"]}, None),
         ({"method": "clip-rocket", "hidden": 8, "width": 4, "extra_width": 4, "extra": "byolip"}, None),
         ({"method": "a-clip", "hidden": 8, "width": 4, "cell": 1}, None),
+        ({"method": "tinyclip", "teacher": "@start", "alpha": 0.5, "inherit": True}, set()),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

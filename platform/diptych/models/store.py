@@ -2,8 +2,8 @@
 
 - `open_clip_config.json`, `open_clip_model.safetensors`: what `open_clip.create_model("local-dir:DIR")` opens; under the key `captioner`, which
   open_clip passes over, what the decoder of a captioner looks at, where that is not the usual;
-- `structure.json`: only if blocks have fewer heads or neurons than the configuration can say (`models/structure.py`), or are fused
-  (`models/reparameterize.py`); open_clip then refuses the weights, since their shapes are not the configuration's;
+- `structure.json`: only if blocks have fewer heads or neurons, or towers less width, than the configuration can say (`models/structure.py`), or
+  modules are fused (`models/reparameterize.py`); open_clip then refuses the weights, since their shapes are not the configuration's;
 - `masks.safetensors`: only if the model has masks (buffers named `<parameter>_mask`), which open_clip knows nothing of;
 - `lineage.json`: what the writer says about its origin.
 """
