@@ -115,7 +115,7 @@ def test_pairs_that_were_not_prepared_are_refused() -> None:
     with pytest.raises(ConfigError, match="must not be changed again"):
         loader(frame, reader, augment={"flip": True})
     wide = frame.head(8).with_columns(pl.concat([reinforced(frame.head(7)), _of_a_wider_picture()]))
-    with pytest.raises(DataError, match="not of this picture"):
+    with pytest.raises(DataError, match="a crop of 25 x 28"):
         loader(wide, reader).check()
     later = frame.with_columns(captions=with_made_up(frame)["captions"].list.eval(pl.element().struct.with_fields(text=pl.lit("later"))))
     with pytest.raises(DataError, match="reinforce"):
