@@ -9,11 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from tiny import MemoryReader, WordTokenizer, drawing, drawings, write_dataset
+from tiny import COLOURS, SHAPES, MemoryReader, WordTokenizer, drawing, drawings, write_dataset
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import Wants
-from diptych.pairs.augmentations import Recipe, draw
+from diptych.pairs.augmentations import Augmentation, Recipe, draw
 from diptych.pairs.reinforced import COLUMN, Reinforced, Reinforcement, series
 from diptych.train.config import TrainConfig
 from diptych.train.loader import PairLoader
@@ -91,12 +91,32 @@ def test_ranks_share_the_batch() -> None:
             assert torch.equal(torch.cat([half[name] for half in halves]), tensor), name
 
 
+def _of_a_wider_picture() -> pl.Series:
+    (width, height), feature = drawing(0).size, np.zeros((1, 4))
+    texts = [f"a {COLOURS[7 % 5]} {SHAPES[7 % 2]}", "number 7 of many drawings", "made up"]
+    return series(SIZE, (4,), [Reinforcement([Augmentation((0, 0, width + 1, height))], feature, texts, np.zeros((3, 4)))])
+
+
+def test_other_views_are_drawn_as_ever() -> None:
+    frame, reader = prepared()
+    config = TrainConfig.parse({"epochs": 4, "batch_size": 8})
+    both, plain = (
+        PairLoader(frame, reader, WordTokenizer(), SIZE, config, seed=0, wants=wants).batch(1).tensors
+        for wants in (Wants(sources=("synthetic",), reinforced=True, views=("strong",)), Wants(views=("strong",)))
+    )
+    assert torch.equal(both["view0_NCHW"], plain["view0_NCHW"])
+    assert not torch.equal(both["image_NCHW"], plain["image_NCHW"])
+
+
 def test_pairs_that_were_not_prepared_are_refused() -> None:
     frame, reader = prepared()
     with pytest.raises(ConfigError, match="not shown to teachers"):
         loader(frame.drop(COLUMN), reader)
     with pytest.raises(ConfigError, match="must not be changed again"):
         loader(frame, reader, augment={"flip": True})
+    wide = frame.head(8).with_columns(pl.concat([reinforced(frame.head(7)), _of_a_wider_picture()]))
+    with pytest.raises(DataError, match="a crop of 25 x 28"):
+        loader(wide, reader).check()
     later = frame.with_columns(captions=with_made_up(frame)["captions"].list.eval(pl.element().struct.with_fields(text=pl.lit("later"))))
     with pytest.raises(DataError, match="reinforce"):
         loader(later, reader).batch(0)

@@ -167,7 +167,7 @@ class PairLoader:
             visit = self._visit(rows_N, step)
             for place, row in enumerate(rows_N.tolist()):
                 try:
-                    self._picture(self._source(row, visit), place, row, visit.looks[0], visit.size)
+                    self._shown(self._source(row, visit), place, row, visit, visit.looks[0])
                 except DataError as error:
                     problems += error.problems
         if problems:
@@ -226,15 +226,13 @@ class PairLoader:
         for place, row in enumerate(rows_N.tolist()):
             source = self._source(row, visit)
             for image_NCHW, look in zip(images, visit.looks, strict=True):
-                again = self._again(source, place, row, visit) if look is visit.looks[0] else None
-                picture = self._picture(source, place, row, look, visit.size) if again is None else again
-                image_NCHW[place] = picture.transpose(2, 0, 1)
+                image_NCHW[place] = self._shown(source, place, row, visit, look).transpose(2, 0, 1)
         return [look.finish(image_NCHW) for image_NCHW, look in zip(images, visit.looks, strict=True)]
 
-    def _again(self, source: bytes | Pixels, place: int, row: int, visit: _Visit) -> Pixels | None:
-        """A picture `[H, W, 3]` as the teachers saw it, if the objective wants that."""
-        if self.stored is None or visit.stored_N is None:
-            return None
+    def _shown(self, source: bytes | Pixels, place: int, row: int, visit: _Visit, look: Look) -> Pixels:
+        """One picture `[H, W, 3]`: the pair's own as the teachers saw it, if the objective wants that, or as the look draws it."""
+        if self.stored is None or visit.stored_N is None or look is not visit.looks[0]:
+            return self._picture(source, place, row, look, visit.size)
         whole = decode(source, self.table.where(row), size=self.table.picture_size(row)) if isinstance(source, bytes) else source
         return self.stored.picture(flatten(whole), row, int(visit.stored_N[place]), visit.size)
 
