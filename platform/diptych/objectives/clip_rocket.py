@@ -231,8 +231,7 @@ class ClipRocket(nn.Module):
         for view in range(VIEWS):
             text_NL = batch[f"text{view + 1}_NL"] if config.captions == "several" else batch["text_NL"]
             if config.drop_words > 0:
-                place: dict[str, Any] = {"seed": self.seed, "row_N": batch["row_N"], "step": encoded.step, "view": view}
-                text_NL = drop_words(text_NL, config.drop_words, **place)
+                text_NL = drop_words(text_NL, config.drop_words, seed=self.seed, row_N=batch["row_N"], step=encoded.step, view=view)
             texts.append(text_NL)
         images = tuple(batch[f"view{view}_NCHW"] for view in range(VIEWS))
         return Sides(batch["image_NCHW"], batch["text_NL"], images, tuple(texts))
