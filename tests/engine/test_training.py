@@ -36,7 +36,7 @@ def job_of(folder: Path, dataset: Path, optimizer: Mapping[str, Any], growth: Ma
 
 
 def test_a_grown_batch_stops_and_goes_on_to_the_bit(tmp_path: Path, dataset: Path) -> None:
-    optimizer = {"method": "adagrad", "lr": 0.01}
+    optimizer = {"method": "adagrad", "lr": 1e-3}
     straight = job_of(tmp_path / "straight", dataset, optimizer, GROWTH, "random")
     whole = training.work(straight, 0, 1)
     sizes = [json.loads(line)["batch_size"] for line in (straight.scratch / "steps.jsonl").read_text().splitlines()]
