@@ -205,6 +205,7 @@ def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_asha_stops_poor_settings_early_and_finishes_good_ones(project: Path) -> None:
     sweep = {
         "space": {"train.optimizer.lr": [1e-7, 3e-3, 1e-6, 2e-3]},
