@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from diptych.core.errors import ConfigError
 from diptych.models import clip
 from diptych.models.attention import in_the_open
+from diptych.models.maps import real_tokens
 
 Which = Literal["both", "image", "text"]
 Kind = Literal["image", "text"]
@@ -173,16 +174,9 @@ def _valid(model: Any, text_NL: Tensor, length: int) -> Tensor | None:
     """The tokens up to a caption's end. Where padding can reach a caption's feature, it counts as all else does, unless it is masked."""
     inner = getattr(model, "clip", model)
     text = getattr(inner, "text", inner)
-    if clip.ignores_padding(text):
-        pool = getattr(text, "text_pool_type", None) or text.pool_type
-        ends_NL = text_NL if pool == "argmax" else (text_NL == (getattr(text, "text_eos_id", None) or text.eos_id)).int()
-        end_N = ends_NL.argmax(dim=1)
-        valid_NL = torch.arange(text_NL.shape[1], device=text_NL.device) <= end_N[:, None]
-    elif hasattr(text, "config"):  # Hugging Face's encoders mask their padding
-        valid_NL = text_NL != clip.pad_id(text)
-    else:
+    if not clip.ignores_padding(text) and not hasattr(text, "config"):  # Hugging Face's encoders mask their padding
         return None
-    return nn.functional.pad(valid_NL, (0, length - valid_NL.shape[1]), value=False)
+    return nn.functional.pad(real_tokens(text, text_NL), (0, length - text_NL.shape[1]), value=False)
 
 
 @torch.no_grad()
