@@ -24,7 +24,7 @@ from diptych.compress import masks
 from diptych.compress.activation import DeadNodes, activations, dead_nodes, is_activation
 from diptych.compress.blocks import Batch, device_of, evaluating
 from diptych.compress.calibration import Calibrated, required
-from diptych.compress.magnitude import apply_masks, masks_of, prunable, sparsity
+from diptych.compress.magnitude import apply_masks, masks_of, prunable, sparsity, tower_of
 from diptych.compress.retrain import Pool, clamp_scale, pair_loss, train
 
 FIRST_OF_MLP = ("mlp.c_fc.weight", "mlp.fc1.weight", "intermediate.dense.weight")
@@ -122,16 +122,12 @@ def dead_node_rates(model: Any, batch: Batch) -> dict[str, DeadNodes]:
 def activated(model: nn.Module, weights: Mapping[str, Tensor]) -> frozenset[str]:
     """The weights that AP may take negative ones of, tower by tower: all, if its activations give exact zeros; else those in front of one."""
     chosen: set[str] = set()
-    for image in (True, False):
-        kinds = [module for name, module in model.named_modules() if is_activation(module) and _of_image(name) == image]
-        own = [name for name in weights if _of_image(name) == image]
+    for tower in ("image", "text"):
+        kinds = [module for name, module in model.named_modules() if is_activation(module) and tower_of(name) == tower]
+        own = [name for name in weights if tower_of(name) == tower]
         exact = all(isinstance(module, EXACT) for module in kinds)
         chosen.update(own if exact else (name for name in own if name.endswith(FIRST_OF_MLP)))
     return frozenset(chosen)
-
-
-def _of_image(name: str) -> bool:
-    return ".visual." in f".{name}"
 
 
 def pruned(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diptych.compress import lamp
-from diptych.compress.magnitude import prunable, sparsity
+from diptych.compress.magnitude import prunable, sparsity, tower_of
 from diptych.compress.masks import put_on
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
@@ -83,7 +83,7 @@ class DIMAP:
         """The names of the weights that share a threshold."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name in weights:
-            tower = "both" if self.config.jointly else "image" if ".visual." in f".{name}" else "text"
+            tower = "both" if self.config.jointly else tower_of(name)
             module = "all" if self.config.module == "model" else module_of(name)
             groups.setdefault((tower, module), []).append(name)
         return groups

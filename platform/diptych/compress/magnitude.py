@@ -103,11 +103,15 @@ def n_of_m(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], value=True).view_as(weight)
 
 
+def tower_of(name: str) -> Literal["image", "text"]:
+    """The tower of a module or parameter of a dual encoder, by its dotted name."""
+    return "image" if ".visual." in f".{name}" else "text"
+
+
 def prunable(model: nn.Module, towers: Literal["both", "image", "text"] = "both") -> Iterator[tuple[str, nn.Parameter]]:
     """The weight matrices of a dual encoder by name: linears, convolutions, packed attention, projections."""
     for name, parameter in model.named_parameters():
-        tower = "image" if ".visual." in f".{name}" else "text"
-        if parameter.ndim >= 2 and not any(part in name for part in NOT_LINEAR) and towers in ("both", tower):
+        if parameter.ndim >= 2 and not any(part in name for part in NOT_LINEAR) and towers in ("both", tower_of(name)):
             yield name, parameter
 
 

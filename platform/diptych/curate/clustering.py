@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.core.errors import DataError
 from diptych.core.points import Fold
+from diptych.pairs.sample import Sample
 
 BLOCK_VALUES = 1 << 22
 Real = NDArray[np.floating[Any]]
@@ -68,20 +69,6 @@ def fitted(feature_SD: Real, components: int, clusters: int, seed: int) -> Clust
     with threadpool_limits(1):
         fit = KMeans(clusters, n_init=1, random_state=seed & 0xFFFFFFFF).fit(axes.project(feature_SD.astype(np.float64)))
     return Clusters(axes, np.asarray(fit.cluster_centers_, dtype=np.float64))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The pairs of smallest rank among `rows` seen, sorted by rank (uint64)."""
-
-    rows: int
-    rank_S: NDArray[np.uint64]
-    feature_SD: NDArray[np.float32]
-
-    def smallest(self, limit: int) -> Sample:
-        """The `limit` pairs of smallest rank, sorted by it."""
-        order = np.argsort(self.rank_S)[:limit]
-        return Sample(self.rows, self.rank_S[order], self.feature_SD[order])
 
 
 class ClusterFold(Fold):

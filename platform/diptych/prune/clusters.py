@@ -19,6 +19,7 @@ from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.core.config import Config
 from diptych.core.errors import DataError
 from diptych.core.points import Fold
+from diptych.pairs.sample import Sample
 from diptych.prune.kmeans import assign, dot, spherical_kmeans
 
 Order = Literal["hard", "easy", "random"]
@@ -69,20 +70,6 @@ class Clusters:
             rows = slice(start, start + BLOCK_ROWS)
             similarity_N[rows] = dot(features_ND[rows], tensor(self.centroids_KD[label_N[rows]])).numpy()
         return 1 - similarity_N
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The pairs of smallest rank among `rows` seen, sorted by rank (uint64)."""
-
-    rows: int
-    rank_S: NDArray[np.uint64]
-    feature_SD: NDArray[np.float32]
-
-    def smallest(self, limit: int) -> Sample:
-        """The `limit` pairs of smallest rank, sorted by it."""
-        order = np.argsort(self.rank_S)[:limit]
-        return Sample(self.rows, self.rank_S[order], self.feature_SD[order])
 
 
 class ClusterFold(Fold):
