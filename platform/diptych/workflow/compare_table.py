@@ -27,6 +27,7 @@ _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasci
 
 LEAST_P = 1e-15
 
+
 def number(value: float, signed: bool = False) -> str:
     """Four decimals, with a true minus; `∞` where nothing varies."""
     if math.isinf(value):
