@@ -52,7 +52,8 @@ def test_every_parameter_is_in_one_group_with_its_scale() -> None:
 
 
 def test_an_objective_sets_rates_for_what_it_owns() -> None:
-    model, objective = clip.create(MODEL, 0), torch.nn.Module()
+    model = clip.create(MODEL, 0)
+    objective: Any = torch.nn.Module()
     objective.critic, objective.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     objective.lr_scales = {"critic": 10.0}
 

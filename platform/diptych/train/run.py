@@ -251,7 +251,7 @@ def _first_state(
 
 def _scales(model: DualEncoder, objective: nn.Module, config: TrainConfig) -> dict[str, float]:
     """Factors of the learning rate by parameter: of the layers, if it decays over them, and those that an objective asks for its own."""
-    scales = {} if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
+    scales = {} if config.layer_decay is None else dict(towers.layer_scales(model, config.layer_decay))
     asked: Mapping[str, float] = getattr(objective, "lr_scales", {})
     own = (name for name, _ in objective.named_parameters())
     return scales | {f"objective.{name}": asked[part] for name in own if (part := name.split(".")[0]) in asked}
