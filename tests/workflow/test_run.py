@@ -269,6 +269,9 @@ def test_compressors_see_as_many_pairs_as_they_ask_for_and_their_model_is_measur
     )
     changed = go(project, f"compress={methods}")
     report = changed.figures["compress"]["report"]
+    said = run.summary("compress", changed.figures["compress"])
+    assert f"{report['gblm']['overall']:.1%} of {report['gblm']['weights']:,} weights are zero" in said
+    assert f"{report['flap']['before']['parameters']:,} to {report['flap']['after']['parameters']:,} parameters" in said
     assert report["gblm"]["overall"] > 0.4
     assert report["perp"]["trained_share"] < 0.1
     assert report["flap"]["after"]["parameters"] < report["flap"]["before"]["parameters"]

@@ -1,7 +1,7 @@
 """What outputs say of themselves: the figures of a phase whose record is not here, because its output came through DVC.
 
 A record lies beside the outputs and stays on the machine that made them. Counts, ledgers, metrics and sweeps are told by the outputs;
-seconds, memory and curves are not.
+seconds, memory, curves and what compressors found are not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def _train(folder: Path) -> Figures:
     return {**told, "digest": identity.of_output(folder)}
 
 
+def _compress(folder: Path) -> Figures:
+    methods = [str(config["method"]) for config in json.loads((folder / "lineage.json").read_text()).get("compress", [])]
+    return {**({"report": {method: {} for method in methods}} if methods else {}), "digest": identity.of_output(folder)}
+
+
 def _evaluate(folder: Path) -> Figures:
     summary = folder / SWEEP_SUMMARY
     metrics = evaluation.figures(Result(folder.parent.name, folder.parent).metrics())
@@ -42,6 +47,6 @@ _READ: Mapping[str, Callable[[Path], Figures]] = {
     "ingest": lambda folder: ledger(PairDataset.open(folder)),
     **dict.fromkeys(PAIR_PHASES, lambda folder: pair_figures(PairDataset.open(folder))),
     "train": _train,
-    "compress": lambda folder: {"digest": identity.of_output(folder)},
+    "compress": _compress,
     "evaluate": _evaluate,
 }

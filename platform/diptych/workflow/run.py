@@ -152,7 +152,21 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     if phase == "evaluate":
         values = {key.rsplit("/", 1)[1]: entry for key, entry in figures.get("metrics", {}).items()}
         return ", ".join(f"{name} {values[name]['value']:.1%}" for name in HEADLINES if name in values)
-    return "handed on" if phase == "compress" and not figures.get("report") else "done"
+    if phase == "compress":
+        return "; ".join(_compressed(method, told) for method, told in (figures.get("report") or {}).items()) or "handed on"
+    return "done"
+
+
+def _compressed(method: str, told: Mapping[str, Any]) -> str:
+    """What a compressor did, of the figures that most of them have: zeros among the weights, parameters and arithmetic before and after."""
+    parts = []
+    if "overall" in told:
+        parts.append(f"{told['overall']:.1%} of {told['weights']:,} weights are zero")
+    if "before" in told and "after" in told:
+        parts.append(f"{told['before']['parameters']:,} to {told['after']['parameters']:,} parameters")
+        flops = [sum(told[when][f"{tower}_flops"] for tower in ("image", "text")) / 1e6 for when in ("before", "after")]
+        parts.append(f"{flops[0]:,.1f} to {flops[1]:,.1f} MFLOP a pair")
+    return f"{method}: {', '.join(parts)}" if parts else method
 
 
 def phase(workflow: Workflow, name: str) -> None:
@@ -184,6 +198,8 @@ def contributions(store: Store, outcome: Outcome) -> list[str]:
     if "samples_seen" in train:
         speed = f", {train['samples_per_s']:,.0f} a second" if "samples_per_s" in train else ""
         lines.append(f"train: {summary('train', train)}{speed}{_seconds(train)}")
+    if figures.get("compress", {}).get("report"):
+        lines.append(f"compress: {summary('compress', figures['compress'])}{_seconds(figures['compress'])}")
     sweep = figures.get("evaluate", {}).get("sweep")
     if sweep:
         lines.append(
