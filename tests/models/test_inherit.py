@@ -81,7 +81,7 @@ def test_a_narrow_student_gets_leading_slices_everywhere() -> None:
 
 def test_residual_networks_inherit_stage_by_stage() -> None:
     teacher = clip.create("shapes-rn-32", 1, {"vision_cfg": {"layers": [2, 1, 2, 1]}})
-    student = clip.create("shapes-rn-32", 2, {"vision_cfg": {"layers": [1, 1, 2, 1], "width": 8}})
+    student = clip.create("shapes-rn-32", 2, {"vision_cfg": {"layers": [1, 1, 2, 1], "width": 6}})
     teacher.clip.visual.bn1.running_mean.fill_(3.0)
     inherit(teacher, student)
     theirs, ours = teacher.clip.state_dict(), student.clip.state_dict()
