@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_changes_since_a_third_arm() -> None:
     assert demand.title == "x, change since c: a - b"
     with pytest.raises(ConfigError, match="name its arm"):
         claim.Demand.parse({"better": "a", "since": "c", "metric": "x", "least": 0.0})
+
+
+def test_a_figure_that_is_no_number_has_no_summary() -> None:
+    table = pl.DataFrame({"arm": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1], "x": [math.nan, math.nan, 1.0, 2.0]})
+    file = claim.load(next((Path(__file__).parents[2] / "workflows" / "claims").glob("clip.yaml")))
+    result = claim.ClaimResult(file, (), table)
+    assert result.summary("a", "x") is None
+    summary = result.summary("b", "x")
+    assert summary is not None
+    assert summary.mean == 1.5
 
 
 def test_figures_of_compressors() -> None:

@@ -66,7 +66,7 @@ class Allocation:
 
 
 class RDPrune:
-    """The compressor. After `compress`, `report` has the predicted distortion beside the measured one."""
+    """The compressor. After `compress`, `report` has the measured distortion, and the predicted one where the rule knows any."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -91,7 +91,8 @@ class RDPrune:
                 masks.put(matrix, smallest_gone(matrix.weight, removed))
             measured = distortion(before, _features(model, chosen, batches), worst=config.worst)
         shares = {matrix.name: removed / matrix.weight.numel() for matrix, removed in zip(layers, found.removed.tolist(), strict=True)}
-        self._figures = {"amounts": shares, "distortion": {"predicted": found.distortion, "measured": measured}}
+        predicted = {} if math.isnan(found.distortion) else {"predicted": found.distortion}
+        self._figures = {"amounts": shares, "distortion": {"measured": measured, **predicted}}
         return model
 
     def report(self, model: nn.Module) -> dict[str, Any]:

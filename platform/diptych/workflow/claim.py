@@ -171,10 +171,10 @@ class ClaimResult:
         return list(dict.fromkeys(metric for metric in both if metric is not None))
 
     def summary(self, arm: str, metric: str) -> intervals.Estimate | None:
-        """An arm's figure: the mean over its seeds with the interval; None where it was not measured."""
+        """An arm's figure: the mean over its seeds with the interval; None where it was not measured, or is no number."""
         if metric not in self.table.columns:
             return None
-        values = self.table.filter(pl.col("arm") == arm)[metric].drop_nulls()
+        values = self.table.filter(pl.col("arm") == arm)[metric].drop_nulls().drop_nans()
         return intervals.mean_over_seeds(values.to_numpy()) if len(values) > 1 else None
 
 
