@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from tests.workflow.conftest import WORKFLOW
 
