@@ -51,6 +51,7 @@ class Figure:
     target: float
     at_most: bool
     remark: str = ""
+    day: str = ""
 
     @property
     def reached(self) -> bool:
@@ -61,7 +62,8 @@ class Figure:
     def cells(self) -> tuple[str, ...]:
         """The row of the table."""
         bound = "<=" if self.at_most else ">="
-        return (self.name, self.ours, self.peer, f"{self.ratio:g}", f"{bound} {self.target:g}", "yes" if self.reached else "no")
+        reached = "yes" if self.reached else "no"
+        return (self.script, self.name, self.ours, self.peer, f"{self.ratio:g}", f"{bound} {self.target:g}", reached, self.remark, self.day)
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,29 @@ class Failure:
 
     script: str
     why: str
+    day: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The row of the table."""
-        return (self.script, "failed", "", "", "", f"failed: {self.why}")
+        return (self.script, "", "", "", "", "", "failed", self.why, self.day)
 
 
-Row = Figure | Failure
-HEADER = ("benchmark", "ours", "peer", "ratio", "target", "reached")
+@dataclass(frozen=True)
+class Kept:
+    """A row of the page as it stands there, of a benchmark that was not run now."""
+
+    cells: tuple[str, ...]
+
+    @property
+    def script(self) -> str:
+        """The benchmark that made it."""
+        return self.cells[0]
+
+
+Row = Figure | Failure | Kept
+HEADER = ("script", "benchmark", "ours", "peer", "ratio", "target", "reached", "remark", "measured")
+CELL = re.compile(r"(?<!\\)\|")
 
 
 def scripts() -> dict[str, Path]:
@@ -94,9 +110,24 @@ def figures(script: str, output: str) -> list[Figure]:
             part = match.groupdict()
             remark = part["remark"].strip(" ()")
             found.append(
-                Figure(script, part["name"], part["ours"], part["peer"], float(part["ratio"]), float(part["target"]), part["bound"] == "<=", remark)
+                Figure(
+                    script, part["name"], part["ours"], part["peer"], float(part["ratio"]), float(part["target"]), part["bound"] == "<=",
+                    remark, today(),
+                )
             )  # fmt: skip
     return found
+
+
+def today() -> str:
+    """The date of a row."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+
+
+def standing(page: str) -> list[Kept]:
+    """The rows of a page that was written before."""
+    lines = [line.strip() for line in page.splitlines() if line.startswith("| ")]
+    cells = [tuple(cell.strip().replace("\\|", "|") for cell in CELL.split(line)[1:-1]) for line in lines]
+    return [Kept(row) for row in cells if len(row) == len(HEADER) and row != HEADER]
 
 
 def measure(script: str, path: Path) -> list[Row]:
@@ -113,17 +144,17 @@ def measure(script: str, path: Path) -> list[Row]:
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        return [Failure(script, f"not done after {limit_s:.0f} s")]
+        return [Failure(script, f"not done after {limit_s:.0f} s", today())]
     print(output, end="", flush=True)
     if process.returncode:
-        return [Failure(script, (output.strip().splitlines() or ["no output"])[-1])]
-    return list(figures(script, output)) or [Failure(script, "it printed no BENCH line")]
+        return [Failure(script, (output.strip().splitlines() or ["no output"])[-1], today())]
+    return list(figures(script, output)) or [Failure(script, "it printed no BENCH line", today())]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table with columns of equal width."""
+    """A Markdown table whose columns have equal widths, up to the remarks."""
     cells = [HEADER, *(tuple(cell.replace("|", "\\|") for cell in row.cells) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    widths = [max(len(row[column]) for row in cells) if column < HEADER.index("remark") else 3 for column in range(len(HEADER))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
@@ -152,17 +183,16 @@ def versions() -> str:
 
 def document(rows: Sequence[Row]) -> str:
     """The page `docs/BENCHMARKS.md`."""
-    remarks = [f"- {row.name}: {row.remark}" for row in rows if isinstance(row, Figure) and row.remark]
     return "\n".join([
         "# Benchmarks",
         "",
         "Diptych beside its peers: in one process tree, interleaved, one thread each, best of several rounds, outputs compared. Times are CPU",
-        "seconds unless a line says otherwise. What each one does stands at the top of its file in `tests/benchmarks/`.",
+        "seconds unless a line says otherwise. What each one does stands at the top of its file in `tests/benchmarks/`. Rows come from",
+        "`make bench`, or from `python tests/benchmarks/run.py --only NAME --write`, which leaves the others as they are.",
         "",
-        f"`make bench` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {os.cpu_count()} cores, {cpu_model()}; {versions()}.",
+        f"Last written with {os.cpu_count()} cores, {cpu_model()}; {versions()}.",
         "",
-        table(rows),
-        *(["", *remarks] if remarks else []),
+        table(sorted(rows, key=lambda row: row.script)),
         "",
     ])  # fmt: skip
 
@@ -173,13 +203,13 @@ def main() -> int:
     known = scripts()
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--only", nargs="+", choices=list(known), metavar="NAME", help=f"some of: {', '.join(known)}")
-    parser.add_argument("--write", action="store_true", help="write the table of a full run to docs/BENCHMARKS.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the rows to docs/BENCHMARKS.md, in place of those of the same benchmarks"
+    )
     options = parser.parse_args()
     if options.list:
         print("\n".join(known))
         return 0
-    if options.write and options.only:
-        parser.error("--write needs a full run: the page has one row a benchmark")
     rows: list[Row] = []
     for script in options.only or known:
         started = time.monotonic()
@@ -188,7 +218,9 @@ def main() -> int:
         print(f"   {time.monotonic() - started:.0f} s", flush=True)
     print(table(rows), flush=True)
     if options.write:
-        OUT.write_text(document(rows))
+        measured = set(options.only or known)
+        kept = [row for row in standing(OUT.read_text() if OUT.exists() else "") if row.script in known and row.script not in measured]
+        OUT.write_text(document([*kept, *rows]))
         print(f"written to {OUT.relative_to(HERE.parents[1])}")
     return int(any(isinstance(row, Failure) for row in rows))
 

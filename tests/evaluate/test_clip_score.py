@@ -77,4 +77,18 @@ def test_benchmark(table_encoder, pairs):
     reference = encoder.texts(["A photo depicts human a"])[0] @ encoder.texts(["A photo depicts alt a"])[0]
     assert rows["ref_clip_score"].keys == ["a"]
     assert rows["ref_clip_score"].value == pytest.approx(ref_clip_score(score[0] / 2.5, reference))
-    assert [row.metric for row in Config(references="tag").build().run(encoder, pairs, "s", seed=0)] == ["clip_score"]
+    assert rows["clip_score_p10"].value == pytest.approx(min(score)), "the worst of three"
+    assert rows["clip_score_p10"].low <= rows["clip_score_p10"].value <= rows["clip_score_p10"].high
+    assert [row.metric for row in Config(references="tag").build().run(encoder, pairs, "s", seed=0)] == ["clip_score", "clip_score_p10"]
+
+
+@pytest.mark.parametrize(("misfit", "share"), [(-1.0, 0.0), (0.5, 1 / 3), (1.0, 1.0)])
+def test_misfits_are_counted_below_a_cosine(table_encoder, pairs, misfit, share):
+    angle = {"a": 0.1, "b": 0.8, "c": 1.4}
+
+    def text(prompt):
+        return [np.cos(angle[prompt[-1]]), np.sin(angle[prompt[-1]])]
+
+    encoder = table_encoder({key: [1.0, 0.0] for key in "abc"}, text)
+    rows = {row.metric: row for row in Config(source="human", misfit=misfit).build().run(encoder, pairs, "s", seed=0)}
+    assert rows["misfits"].value == pytest.approx(share)

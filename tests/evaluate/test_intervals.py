@@ -8,7 +8,7 @@ from scipy import stats
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.evaluate import intervals
-from diptych.evaluate.intervals import difference, holm, interval, mcnemar, mean_over_seeds, median_interval, paired
+from diptych.evaluate.intervals import difference, holm, interval, mcnemar, mean_over_seeds, paired, quantile_interval
 
 RNG = np.random.default_rng(7)
 
@@ -118,11 +118,11 @@ def test_senseless_bootstraps_are_refused(options):
 def test_median_interval_agrees_with_the_bootstrap_of_the_median():
     values = RNG.exponential(10, 301)
     medians = np.median(values[np.random.default_rng(0).integers(0, 301, (5000, 301))], axis=1)
-    low, high = median_interval(values)
+    low, high = quantile_interval(values)
     expected = np.quantile(medians, [0.025, 0.975])
     assert [low, high] == pytest.approx(expected, rel=0.05)
-    assert median_interval([3.0]) == (3.0, 3.0)
-    assert median_interval(np.arange(1, 11)) == (2.0, 9.0)  # the textbook's ranks of the sign test's interval
+    assert quantile_interval([3.0]) == (3.0, 3.0)
+    assert quantile_interval(np.arange(1, 11)) == (2.0, 9.0)  # the textbook's ranks of the sign test's interval
 
 
 def test_paired_joins_by_key_and_not_by_order():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diptych.core.errors import DataError
-from diptych.train.health import measure
+from diptych.train.health import Watch, measure
 
 N, D = 64, 8
 
@@ -94,6 +94,19 @@ def test_a_collapse_stops_the_run_and_names_a_checkpoint_from_before_it(tmp_path
     fit(run, state)
     assert state.step == run.total_steps
     assert weights(state)["image.4.weight"].abs().sum() > 0
+
+
+def test_features_that_part_again_do_not_end_a_run_and_those_that_stay_together_do(tmp_path: Path) -> None:
+    run, state = start(tmp_path, log_every=100)
+    watch = Watch(state, run.checkpoints)
+    state.step = 10
+    for spread in (1.0, 0.005, 0.005, 1.0, 0.005, 0.005):
+        watch.look(features(spread))
+    assert state.healthy_step == 10
+    state.step = 20
+    with pytest.raises(DataError, match="have collapsed"):
+        watch.look(features(0.005))
+    assert state.healthy_step == 10
 
 
 def test_a_gradient_that_is_not_finite_names_a_checkpoint_from_before_it(tmp_path: Path) -> None:

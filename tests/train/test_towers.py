@@ -14,7 +14,7 @@ from diptych.core.errors import ConfigError, ResourceError
 from diptych.models import clip
 from diptych.train import towers
 from diptych.train.config import TrainConfig
-from diptych.train.run import parameter_groups
+from diptych.train.run import _first_state, parameter_groups
 
 MODEL = "vit-micro-40"
 
@@ -49,6 +49,23 @@ def test_every_parameter_is_in_one_group_with_its_scale() -> None:
             assert group.get("layer_scale", 1.0) == scales[name]
             assert parameter is dict(model.named_parameters())[name]
             assert (group.get("weight_decay") != 0.0) == (parameter.ndim >= 2 and "ln" not in name)
+
+
+def test_an_objective_sets_rates_for_what_it_owns() -> None:
+    model = clip.create(MODEL, 0)
+    objective: Any = torch.nn.Module()
+    objective.critic, objective.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    objective.lr_scales = {"critic": 10.0}
+
+    def build(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(list(groups), lr=0.1)
+
+    for decay in (None, 0.5):
+        state = _first_state(model, objective, build, config(layer_decay=decay), 1, 2)
+        scale = {name: group["lr_scale"] for group in state.optimizer.param_groups for name in group["param_names"]}
+        assert scale["objective.critic.weight"] == scale["objective.critic.bias"] == 10
+        assert scale["objective.head.weight"] == scale["clip.visual.proj"] == 1
+        assert (scale["clip.visual.conv1.weight"] < 1) == (decay is not None)
 
 
 def test_unknown_layers_are_refused() -> None:

@@ -167,7 +167,7 @@ def test_the_latex_table_is_escaped_and_even(found):
     assert "Left out: claims/odd: s/zero-shot/acc1" in text
 
 
-@pytest.mark.parametrize(("value", "text"), [(3.2e-12, r"$3.2\cdot10^{-12}$"), (0.04, "0.04"), (1.0, "1")])
+@pytest.mark.parametrize(("value", "text"), [(0.0, "$<10^{-15}$"), (3.2e-12, r"$3.2\cdot10^{-12}$"), (0.04, "0.04"), (1.0, "1")])
 def test_probabilities_in_latex(value, text):
     assert compare_table._latex_probability(value) == text
 

@@ -71,6 +71,26 @@ def test_a_second_run_is_cached_and_a_lost_output_comes_back_from_dvc(project: P
     assert (project / "runs/small/train/open_clip_model.safetensors").exists()
 
 
+UNTOLD = {"wall_s", "driver_cpu_s", "peak_memory_bytes", "predicted_s"}
+
+
+def test_a_run_made_elsewhere_tells_its_figures_once_dvc_has_fetched_it(project: Path) -> None:
+    sweep = {"space": {"evaluate.benchmarks.0.logit_scale": [10.0, 50.0]}, "metric": "digits/zero-shot/acc1", "choose_on": "train"}
+    write_workflow(project / "workflows", {**WORKFLOW, "evaluate": {"benchmarks": [{"method": "zero-shot"}], "sweep": sweep}})
+    made = go(project)
+    shutil.rmtree(project / "runs")
+    fetched = go(project)
+    assert fetched.cached
+    for phase in ("ingest", "curate", "prune", "caption", "compress", "evaluate"):
+        assert fetched.figures[phase] == {key: value for key, value in made.figures[phase].items() if key not in UNTOLD}, phase
+    assert fetched.figures["train"]["samples_seen"] == made.figures["train"]["samples_seen"]
+    page = (project / "runs/small/report.html").read_text()
+    assert f"{made.figures['ingest']['pairs_in']:,}" in page
+    assert "The winner as reported" in page
+    assert f"{made.figures['train']['samples_seen']:,} pictures seen" in run.table(fetched)
+    assert go(project, "train.optimizer.lr=0.002").ran == ["train", "compress", "evaluate"]
+
+
 def test_a_plan_of_a_changed_file_says_what_runs_and_what_it_takes(project: Path, done: run.Outcome) -> None:
     rows = done.figures["ingest"]["pairs_in"]
     write_workflow(project / "workflows", {**WORKFLOW, "data": {**WORKFLOW["data"], "seed": 5}})
@@ -249,6 +269,9 @@ def test_compressors_see_as_many_pairs_as_they_ask_for_and_their_model_is_measur
     )
     changed = go(project, f"compress={methods}")
     report = changed.figures["compress"]["report"]
+    said = run.summary("compress", changed.figures["compress"])
+    assert f"{report['gblm']['overall']:.1%} of {report['gblm']['weights']:,} weights are zero" in said
+    assert f"{report['flap']['before']['parameters']:,} to {report['flap']['after']['parameters']:,} parameters" in said
     assert report["gblm"]["overall"] > 0.4
     assert report["perp"]["trained_share"] < 0.1
     assert report["flap"]["after"]["parameters"] < report["flap"]["before"]["parameters"]

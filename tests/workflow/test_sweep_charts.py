@@ -59,6 +59,23 @@ def test_the_front_is_drawn_where_two_figures_are_named(tmp_path: Path) -> None:
     assert read(tmp_path, settings).pareto_chart() == ""
 
 
+def test_points_on_the_front_say_what_they_are_and_names_of_figures_are_whole(tmp_path: Path) -> None:
+    settings = [{"compress.0.method": "wanda", "compress.0.sparsity": 0.1 * i} for i in range(1, 4)]
+    picture = read(tmp_path, settings, pareto={"compress.0.sparsity": "max", "s/z/loss": "min"}).pareto_chart()
+    assert "compress.0.sparsity (0.1 to 0.3), maximal is better" in picture.replace("0.30000000000000004", "0.3")
+    assert ">wanda</text>" in picture
+
+
+def test_numbers_in_dark_cells_are_light(tmp_path: Path) -> None:
+    found = read(tmp_path, [{"a": a, "b": b} for a in (1, 2) for b in (1, 2)])
+    texts = [text for text in ET.fromstring(found.chart()).findall("text") if "." in (text[0].tail or "")]
+    light = [float(text[0].tail or "nan") for text in texts if "#fff" in text.get("style", "")]
+    dark = [float(text[0].tail or "nan") for text in texts if "#fff" not in text.get("style", "")]
+    assert light
+    assert dark
+    assert min(light) > max(dark)
+
+
 def test_intervals_are_drawn_through_the_points_and_fit_into_the_picture(tmp_path: Path) -> None:
     rows = [
         {

@@ -238,8 +238,9 @@ class TrainContext:
 class Objective(Protocol):
     """A loss: an `nn.Module` that may own parameters, teachers, queues and tables, and gathers only through `objectives.gather`.
 
-    Beside `__call__`, all optional: the attributes of `Wants`, and two methods.
+    Beside `__call__`, all optional: the attributes of `Wants`, one more, and two methods.
 
+    - `lr_scales` maps the first part of a name among its own parameters to a factor of the learning rate there, read after `start`.
     - `start(context: TrainContext)` is called once, before the optimizer is built: what it makes (parameters, buffers) is
       broadcast from rank 0, trained, and kept in checkpoints by its `state_dict`. What is not in there must follow from what is.
     - `after_step(step: int, model: nn.Module)` is called after every update, `step` updates made in all. The model is handed over,

@@ -205,7 +205,7 @@ class Stage:
         if "features" in method.needs:
             self.tables = self._each(_WithFeatures(place), self.tables, "features")
         if "text features" in method.needs:
-            self.tables = self._each(_WithTextFeatures(place), self.tables, "text features")
+            self.tables = self._each(_WithFeatures(place, texts=True), self.tables, "text features")
         state: Any = None
         for number, fold in enumerate(method.folds()):
             state = self._fold(number, fold, state)
@@ -324,40 +324,22 @@ def _write(frame: pl.DataFrame, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class _WithFeatures:
-    """Adds the method's feature column to a table."""
+    """Adds a column of features to a table: those of the pictures, or of every pair's first caption."""
 
     place: Place
+    texts: bool = False
 
     def __call__(self, item: tuple[int, Path]) -> Path:
         index, table = item
-        frame = pl.read_parquet(table)
-        if self.place.column in frame.columns:
+        frame, column = pl.read_parquet(table), self.place.text_column if self.texts else self.place.column
+        if column in frame.columns:
             return table
-        path = self.place.scratch / f"features-{index:05d}.parquet"
+        path = self.place.scratch / f"{'texts' if self.texts else 'features'}-{index:05d}.parquet"
         if not path.exists():
-            assert self.place.feature is not None, f"{self.place.method} needs features but names none"
-            values = features.compute(self.place.feature, frame, self.place.reader)
-            column = pl.Series(self.place.column, values, dtype=pl.Array(pl.Float32, values.shape[1]))
-            _write(frame.with_columns(column), path)
-        return path
-
-
-@dataclass(frozen=True)
-class _WithTextFeatures:
-    """Adds the features of every pair's first caption to a table."""
-
-    place: Place
-
-    def __call__(self, item: tuple[int, Path]) -> Path:
-        index, table = item
-        frame = pl.read_parquet(table)
-        if self.place.text_column in frame.columns:
-            return table
-        path = self.place.scratch / f"texts-{index:05d}.parquet"
-        if not path.exists():
-            assert self.place.feature is not None, f"{self.place.method} needs text features but names no model"
-            values = features.of_captions(self.place.feature, frame)
-            _write(frame.with_columns(pl.Series(self.place.text_column, values, dtype=pl.Array(pl.Float32, values.shape[1]))), path)
+            spec = self.place.feature
+            assert spec is not None, f"{self.place.method} needs features but names no model"
+            values = features.of_captions(spec, frame) if self.texts else features.compute(spec, frame, self.place.reader)
+            _write(frame.with_columns(pl.Series(column, values, dtype=pl.Array(pl.Float32, values.shape[1]))), path)
         return path
 
 

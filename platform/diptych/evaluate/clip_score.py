@@ -18,6 +18,7 @@ from pydantic import Field
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import Encoder, Metric
+from diptych.evaluate.intervals import quantile_interval
 from diptych.evaluate.rows import Rows, of_split, preprocessing
 
 Floats = NDArray[np.float64]
@@ -27,6 +28,7 @@ TASK = "clip-score"
 TEMPLATE = "A photo depicts "
 WEIGHT = 2.5
 """w of the paper: stretches the cosines that occur to about [0, 1]."""
+WORST = 0.1
 
 
 class Config(BaseConfig):
@@ -41,6 +43,9 @@ class Config(BaseConfig):
         None, min_length=1, description="the source of the captions to compare with, read as `source`; null: all but the scored one"
     )
     template: str = Field(TEMPLATE, description="put before every caption")
+    misfit: float | None = Field(
+        None, ge=-1, le=1, description="cosine below which a caption is counted as one that does not fit, in `misfits`; null: not counted"
+    )
     task: str = Field(
         TASK, pattern=r"^[a-z0-9][a-z0-9-]*$", description="the figures' name between set and metric, where one set is scored twice"
     )
@@ -127,7 +132,11 @@ def _is_from(caption: dict[str, Any], source: str | None) -> bool:
 
 
 class CLIPScore:
-    """The benchmark. Metrics: `clip_score` over all pairs, `ref_clip_score` over those that have a reference (no row if none has)."""
+    """The benchmark: how well the captions of a set fit its pictures (alignment in "CLIP with Quality Captions", 2024).
+
+    Metrics: `clip_score` over all pairs and `clip_score_p10`, which a tenth of them do not reach; `misfits`, the share below a cosine, if one is
+    named; `ref_clip_score` over those that have a reference (no row if none has).
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -140,7 +149,12 @@ class CLIPScore:
         image_ND, text_MD = encoder.images(found.pairs), encoder.texts(self._prompts(found.texts + found.references))
         text_ND, reference_RD = text_MD[: len(keys)], text_MD[len(keys) :]
         cosine_N = cosines(image_ND, text_ND)
-        metrics = [self._rows(name, keys, seed, encoder).mean("clip_score", clip_score(cosine_N))]
+        rows, score_N = self._rows(name, keys, seed, encoder), clip_score(cosine_N)
+        least = float(np.quantile(score_N, WORST, method="inverted_cdf"))
+        ends = quantile_interval(score_N, WORST)
+        metrics = [rows.mean("clip_score", score_N), Metric(name, rows.task, "clip_score_p10", least, len(keys), *ends, rows.settings)]
+        if config.misfit is not None:
+            metrics.append(rows.mean("misfits", (cosine_N < config.misfit).astype(np.float64)))
         if found.references:
             best_N = best_reference(text_ND, reference_RD, found.row_of_R)
             has_N = np.isfinite(best_N)
@@ -152,5 +166,5 @@ class CLIPScore:
         return [self.config.template + text for text in texts]
 
     def _rows(self, name: str, keys: Sequence[str], seed: int, encoder: Encoder) -> Rows:
-        settings = self.config.model_dump(include={"split", "source", "references", "template"})
+        settings = self.config.model_dump(include={"split", "source", "references", "template", "misfit"}, exclude_none=True)
         return Rows(name, self.config.task, keys, seed, {**settings, **preprocessing(encoder)})

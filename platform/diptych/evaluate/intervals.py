@@ -130,15 +130,15 @@ def _chunks(resamples: int, width: int) -> Iterator[int]:
     return (min(step, resamples - start) for start in range(0, resamples, step))
 
 
-def median_interval(per_example: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The interval of a median, from order statistics: what the bootstrap of a median converges to, without draws.
+def quantile_interval(per_example: ArrayLike, share: float = 0.5, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a quantile, from order statistics: what the bootstrap of a quantile converges to, without draws.
 
-    `per_example` is `[n]`, finite. Source: Efron (1979), Bootstrap methods, section 3; exact binomial ranks.
+    `per_example` is `[n]`, finite; `share` of it lies below the quantile, by default the median. Source: Efron (1979), Bootstrap methods, section 3; exact binomial ranks.
     """
     from scipy.stats import binom
 
     values = np.sort(_finite(per_example))
-    low, high = binom.ppf([(1 - level) / 2, (1 + level) / 2], len(values), 0.5).astype(int)
+    low, high = binom.ppf([(1 - level) / 2, (1 + level) / 2], len(values), share).astype(int)
     return float(values[max(low - 1, 0)]), float(values[min(high, len(values) - 1)])
 
 

@@ -20,7 +20,7 @@ from diptych.core.chance import key_hashes, uniform
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import Encoder, Metric
-from diptych.evaluate.intervals import median_interval
+from diptych.evaluate.intervals import quantile_interval
 from diptych.evaluate.ranks import chunks, target_rank
 from diptych.evaluate.rows import Rows, of_split, preprocessing
 
@@ -230,7 +230,7 @@ class Retrieval:
         }
 
     def _metrics(self, way: Direction, rank: Index, rows: Rows) -> list[Metric]:
-        low, high = median_interval(rank + 1)
+        low, high = quantile_interval(rank + 1)
         return [
             *(rows.mean(f"{way}_r{k}", (rank < k).astype(np.float32)) for k in self.config.ks),
             rows.mean(f"{way}_mrr", 1 / (rank + 1)),

@@ -6,7 +6,8 @@ rewarded where a discriminator takes them for the corpus and where CLIP finds th
 captions of the training pairs; which picture a caption came with is never looked at. The towers stay as they are.
 
 The paper gives the discriminator an optimizer of its own. Here both losses are added: no gradient of either reaches the other's parameters, so for
-an optimizer that works on each parameter alone it is the same but for its warm-up. Rewards are those of the weights before the step.
+an optimizer that works on each parameter alone it is the same but for its warm-up; `discriminator_lr` sets the two rates apart. Rewards are those
+of the weights before the step.
 
 Shape legend: N pictures, S samples a picture, M = N * S, L tokens, V tokens that may be said, T corpus sentences, D feature width, W width.
 """
@@ -64,6 +65,7 @@ class CgtGan(nn.Module):
         super().__init__()
         self.config = config
         self.seed = 0
+        self.lr_scales = {"discriminator": config.discriminator_lr}
         self.discriminator: Discriminator | None = None
 
     def start(self, context: TrainContext) -> None:
@@ -212,6 +214,9 @@ class Config(BaseConfig):
     temperature: float = Field(1.0, gt=0, le=10, description="of the sampling")
     top_k: int | None = Field(None, ge=1, description="sample among so many best tokens; null: among all")
     max_length: int = Field(20, ge=2, le=1000, description="tokens of a sampled caption, its end included")
+    discriminator_lr: float = Field(
+        1.0, gt=0, le=1000, description="factor of the learning rate for the discriminator; the paper's rates are equal"
+    )
     discriminator_width: int = Field(64, ge=2, le=8192, description="width of the discriminator's embeddings and state")
 
     def build(self) -> CgtGan:

@@ -33,7 +33,9 @@ UNIFORMITY_ROWS = 256
 SAME = 1e-9
 """Spread of features that differ by rounding alone."""
 LOST = 0.01
-"""A tower that keeps less than this share of the spread it once had has collapsed."""
+"""A tower that keeps less than this share of the spread it once had is suspected to have collapsed."""
+PATIENCE = 3
+"""Looks in a row that a suspicion must last: at high learning rates the first steps can press features together that part again."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,20 @@ class Watch:
     rank: int = 0
     world: int = 1
     figures: dict[str, float] = field(default_factory=dict)
+    _suspected: int = 0
 
     def look(self, features: Mapping[Tower, Tensor]) -> None:
-        """Measures the features that the present weights gave. Raises DataError if a tower has collapsed; all ranks agree."""
+        """Measures the features that the present weights gave. Raises DataError if a tower has collapsed; all ranks agree.
+
+        Features that are the same to rounding, or not finite, end the run at once, others that lie close after three looks in a row.
+        """
         look, state = measure(features, self.world), self.state
         self.figures = look.figures
+        close = any(spread < LOST * state.spread.get(tower, 0.0) for tower, spread in look.spread.items())
+        self._suspected = self._suspected + 1 if close else 0
         for tower, spread in look.spread.items():
             most = max(spread, state.spread.get(tower, 0.0))
-            if not math.isfinite(spread) or spread < max(SAME, LOST * most):
+            if not math.isfinite(spread) or spread < (SAME if self._suspected < PATIENCE else max(SAME, LOST * most)):
                 raise self._end(
                     f"The {tower} embeddings have collapsed: nearly the same for every pair",
                     f"<spread {spread:.1e}, once {most:.1e}>",
@@ -107,7 +115,8 @@ class Watch:
                     f"lower the learning rate, lengthen schedule.warmup, or see whether the {tower}s of the batches differ at all",
                 )
             state.spread[tower] = most
-        state.healthy_step = state.step
+        if not close:
+            state.healthy_step = state.step
 
     def refuse_non_finite(self, grad_norm: float, losses: Mapping[str, Tensor]) -> None:
         """Raises DataError if the averaged gradient is not finite. It is the same on every rank, so all of them stop at one step."""

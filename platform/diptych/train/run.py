@@ -238,8 +238,7 @@ def _first_state(
         sharding.shard(model, world, device)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    scales = None if config.layer_decay is None else towers.layer_scales(model, config.layer_decay)
-    groups = parameter_groups(trained, config.no_decay, scales)
+    groups = parameter_groups(trained, config.no_decay, _scales(model, objective, config))
     optimizer = build_optimizer(sharding.split(groups) if shared else groups)
     if shared:
         sharding.refuse_optimizer(optimizer)
@@ -248,6 +247,14 @@ def _first_state(
     towers.refuse_second_derivatives(config, optimizer)
     _plan(optimizer, total_steps)
     return TrainState(model, objective, optimizer, None if config.ema is None else Ema(model, config.ema))
+
+
+def _scales(model: DualEncoder, objective: nn.Module, config: TrainConfig) -> dict[str, float]:
+    """Factors of the learning rate by parameter: of the layers, if it decays over them, and those that an objective asks for its own."""
+    scales = {} if config.layer_decay is None else dict(towers.layer_scales(model, config.layer_decay))
+    asked: Mapping[str, float] = getattr(objective, "lr_scales", {})
+    own = (name for name, _ in objective.named_parameters())
+    return scales | {f"objective.{name}": asked[part] for name in own if (part := name.split(".")[0]) in asked}
 
 
 def _plan(optimizer: torch.optim.Optimizer, total_steps: int) -> None:

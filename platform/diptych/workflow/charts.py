@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 190, 46, 24, 22
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 190, 62, 24, 22
 COLOURS = ("#2f6fde", "#9db8ef", "#e6a23c", "#16794c", "#b42318", "#667085")
 
 

@@ -102,7 +102,9 @@ def _groups(figures: Sequence[Figure], several: bool) -> list[Group]:
 def _line(figure: Figure, label: str, several: bool) -> Line:
     test = figure.found.test
     run, p = figure.run if several else "", probability(figure.found.p_holm)
-    return Line(label, run, test.difference, test.low, test.high, figure.verdict, (_interval(figure), f"p = {p}"))
+    return Line(
+        label, run, test.difference, test.low, test.high, figure.verdict, (_interval(figure), f"p {p}" if p.startswith("<") else f"p = {p}")
+    )
 
 
 def _interval(figure: Figure) -> str:

@@ -25,6 +25,8 @@ _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasci
 
 # ---------------------------------------------------------------- numbers
 
+LEAST_P = 1e-15
+
 
 def number(value: float, signed: bool = False) -> str:
     """Four decimals, with a true minus; `∞` where nothing varies."""
@@ -34,8 +36,8 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def probability(value: float) -> str:
-    """Two digits: `0.043`, `1.2e-09`, `1`."""
-    return f"{value:.2g}"
+    """Two digits: `0.043`, `1.2e-09`, `1`; beyond what any test can warrant `<1e-15`."""
+    return f"{value:.2g}" if value >= LEAST_P else f"<{LEAST_P:g}"
 
 
 def shown(value: Any, limit: int = 72) -> str:
@@ -168,6 +170,8 @@ def _math(text: str) -> str:
 
 def _latex_probability(value: float) -> str:
     mantissa, _, exponent = probability(value).partition("e")
+    if mantissa.startswith("<"):
+        return rf"$<10^{{{int(exponent)}}}$"
     return rf"${mantissa}\cdot10^{{{int(exponent)}}}$" if exponent else mantissa
 
 

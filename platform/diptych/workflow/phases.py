@@ -82,7 +82,7 @@ def _ingest(bench: Bench) -> Figures:
         version=__version__,
         methods=(workflow.source.plain(),),
     )
-    return _ledger(dataset)
+    return ledger(dataset)
 
 
 def _pairs(phase: str) -> Callable[[Bench], Figures]:
@@ -96,21 +96,27 @@ def _pairs(phase: str) -> Callable[[Bench], Figures]:
             scratch=bench.scratch, code=identity.code(phase), version=__version__, progress=bench.progress,
             feature_specs=_feature_specs(configs, bench, source),
         )  # fmt: skip
-        return {**_ledger(dataset), "captions_per_pair": _captions_per_pair(dataset)}
+        return pair_figures(dataset)
 
     return work
 
 
-def _ledger(dataset: PairDataset) -> Figures:
-    ledger = dataset.manifest.ledger
-    left = [{"method": entry.method, "reason": entry.reason, "count": entry.count} for entry in ledger.left]
+def ledger(dataset: PairDataset) -> Figures:
+    """Who came in, who left and why, as the manifest has it."""
+    found = dataset.manifest.ledger
+    left = [{"method": entry.method, "reason": entry.reason, "count": entry.count} for entry in found.left]
     return {
-        "pairs_in": ledger.pairs_in,
-        "kept": ledger.kept,
+        "pairs_in": found.pairs_in,
+        "kept": found.kept,
         "left": left,
         "digest": dataset.digest,
         "report": dataset.manifest.phase.report,
     }
+
+
+def pair_figures(dataset: PairDataset) -> Figures:
+    """The figures of a phase from pairs to pairs: its ledger, and how many captions a training pair has."""
+    return {**ledger(dataset), "captions_per_pair": _captions_per_pair(dataset)}
 
 
 def _captions_per_pair(dataset: PairDataset) -> float:

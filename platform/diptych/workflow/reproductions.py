@@ -117,7 +117,7 @@ def write(project: Project, tracker: tracking.Tracker) -> Path:
     for tags in tracking.newest_first(tracker.target, "tags.kind = 'claim'"):
         found = json.loads("".join(tags.get(name, "") for name in RESULT))
         newest.setdefault(found["claim"], found)
-    files = {file.stem: claims.load(file) for file in (project.root / "workflows" / "claims").glob("*.yaml")}
+    files = {file.stem: claims.load(file) for file in (project.root / "workflows" / "claims").glob("*.yaml") if file.stem in newest}
     path = project.root / "docs" / "REPRODUCTIONS.md"
     path.parent.mkdir(exist_ok=True)
     kept = _earlier(path)

@@ -13,6 +13,9 @@ from diptych.core.errors import ConfigError, nearest
 from diptych.core.points import Metric
 from diptych.workflow.project import Project
 
+SWEEP_SUMMARY = "sweep.json"
+"""What a sweep found, beside its table: the winner and its figures, as the phase's record has them."""
+
 
 @dataclass(frozen=True)
 class Result:

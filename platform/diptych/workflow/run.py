@@ -147,11 +147,26 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
         return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
     if phase == "train" and "samples_seen" in figures:
         resumed = f", from step {figures['resumed_from']:,} on" if figures.get("resumed_from") else ""
-        return f"{figures['samples_seen']:,} pictures seen, loss {figures.get('loss', float('nan')):.3f}{resumed}"
+        loss = f", loss {figures['loss']:.3f}" if "loss" in figures else ""
+        return f"{figures['samples_seen']:,} pictures seen{loss}{resumed}"
     if phase == "evaluate":
         values = {key.rsplit("/", 1)[1]: entry for key, entry in figures.get("metrics", {}).items()}
         return ", ".join(f"{name} {values[name]['value']:.1%}" for name in HEADLINES if name in values)
-    return "handed on" if phase == "compress" and not figures.get("report") else "done"
+    if phase == "compress":
+        return "; ".join(_compressed(method, told) for method, told in (figures.get("report") or {}).items()) or "handed on"
+    return "done"
+
+
+def _compressed(method: str, told: Mapping[str, Any]) -> str:
+    """What a compressor did, of the figures that most of them have: zeros among the weights, parameters and arithmetic before and after."""
+    parts = []
+    if "overall" in told:
+        parts.append(f"{told['overall']:.1%} of {told['weights']:,} weights are zero")
+    if "before" in told and "after" in told:
+        parts.append(f"{told['before']['parameters']:,} to {told['after']['parameters']:,} parameters")
+        flops = [sum(told[when][f"{tower}_flops"] for tower in ("image", "text")) / 1e6 for when in ("before", "after")]
+        parts.append(f"{flops[0]:,.1f} to {flops[1]:,.1f} MFLOP a pair")
+    return f"{method}: {', '.join(parts)}" if parts else method
 
 
 def phase(workflow: Workflow, name: str) -> None:
@@ -174,22 +189,28 @@ def contributions(store: Store, outcome: Outcome) -> list[str]:
         if not found or not (store.workflow.methods(name) if name != "ingest" else True):
             continue
         left = found["pairs_in"] - found["kept"]
-        text = f"{name}: {found['pairs_in']:,} pairs in, {left:,} left ({left / max(1, found['pairs_in']):.1%}), {found['wall_s']:.1f} s"
+        text = f"{name}: {found['pairs_in']:,} pairs in, {left:,} left ({left / max(1, found['pairs_in']):.1%}){_seconds(found)}"
         if name == "caption":
             before = figures.get("prune", {}).get("captions_per_pair", 0)
             text += f"; captions a pair from {before:.1f} to {found['captions_per_pair']:.1f}"
         lines.append(text)
     train = figures.get("train", {})
     if "samples_seen" in train:
-        lines.append(
-            f"train: {train['samples_seen']:,} pictures seen, {train.get('samples_per_s', 0):,.0f} a second, loss {train.get('loss', 0):.3f}, {train['wall_s']:.1f} s"
-        )
+        speed = f", {train['samples_per_s']:,.0f} a second" if "samples_per_s" in train else ""
+        lines.append(f"train: {summary('train', train)}{speed}{_seconds(train)}")
+    if figures.get("compress", {}).get("report"):
+        lines.append(f"compress: {summary('compress', figures['compress'])}{_seconds(figures['compress'])}")
     sweep = figures.get("evaluate", {}).get("sweep")
     if sweep:
         lines.append(
             f"sweep: {sweep['tried']} settings on {sweep['chosen_on']}; {sweep['winner']} gives {sweep['metric']} {sweep['winner_value']:.3f} there"
         )
     return lines
+
+
+def _seconds(figures: Mapping[str, Any]) -> str:
+    """How long a phase took, where its record came from the machine that it ran on."""
+    return f", {figures['wall_s']:.1f} s" if "wall_s" in figures else ""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from diptych.core import digest
 from diptych.core.errors import ResourceError
 from diptych.engine.pipeline import Pipeline, StageState
 from diptych.pairs import files
-from diptych.workflow import identity
+from diptych.workflow import identity, restored
 from diptych.workflow.project import Project
 from diptych.workflow.spec import PHASES, Workflow
 
@@ -123,12 +123,14 @@ class LockedStore(PlainStore):
             yield swept
 
     def state(self, phase: str) -> StageState:
-        """DVC's verdict; outputs that are missing but cached are checked out first."""
+        """DVC's verdict; outputs that are missing but cached are checked out first. One made elsewhere gets the record that it lacks."""
         state = self._pipeline.state(phase)
         if not state.changed and (reason := self._outside_changed(phase)):
             return StageState(phase, (reason,))
         if state.changed and all(reason.startswith("output ") for reason in state.reasons) and self._pipeline.restore(phase):
-            return StageState(phase, ())
+            state = StageState(phase, ())
+        if not state.changed and not self._record(phase).exists():
+            self._write_record(phase, restored.figures(phase, self.folder(phase)))
         return state
 
     def _outside_changed(self, phase: str) -> str:

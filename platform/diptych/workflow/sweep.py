@@ -18,6 +18,7 @@ from diptych.engine import evaluation, sweeps
 from diptych.engine.session import Session
 from diptych.pairs.dataset import PairDataset
 from diptych.workflow import identity, spec, trials
+from diptych.workflow.results import SWEEP_SUMMARY
 
 if TYPE_CHECKING:
     from diptych.workflow.phases import Bench
@@ -72,7 +73,7 @@ class Trial:
 
 
 def run(bench: Bench, out: Path) -> dict[str, Any]:
-    """Runs the workflow's sweep: writes `sweep.parquet` to `out`, gives the winner and its figures."""
+    """Runs the workflow's sweep: writes `sweep.parquet` and `sweep.json` to `out`, gives the winner and its figures, as the latter holds them."""
     workflow = bench.workflow
     config = workflow.sweep
     assert config is not None
@@ -101,11 +102,13 @@ def run(bench: Bench, out: Path) -> dict[str, Any]:
     finished = [row for row in rows if row["status"] == "done"] or [row for row in rows if row["status"] != "error"]
     best = (max if config.mode == "max" else min)(finished, key=lambda row: row["metrics"][config.metric])
     table(rows).write_parquet(out / "sweep.parquet")
-    return {
+    summary = {
         "metric": config.metric, "mode": config.mode, "chosen_on": config.choose_on, "tried": len(rows), "pareto": config.pareto,
         "failed": [{"setting": row["setting"], "error": row["error"]} for row in failed], "winner": best["setting"],
         "winner_value": best["metrics"][config.metric], "winner_metrics": trial.final(best["setting"]),
     }  # fmt: skip
+    (out / SWEEP_SUMMARY).write_text(json.dumps(summary, indent=1))
+    return summary
 
 
 def warm(trial: Trial, session: Session) -> None:

@@ -19,6 +19,8 @@ ENDS = "ends of the intervals"
 CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 92, 26, 250
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 60, 40, 26, 40
 LABEL_CHARACTERS = 34
+LIGHT_FROM = 0.45
+"""Opacity of a cell above which its number is white."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,17 @@ class Sweep:
         whiskers = [_whisker(at, x, y, *(row.get(ENDS, {}).get(name) for name in (x_name, y_name))) for x, y, row in points]
         dots = [_dot(*at(x, y), index in front, f"{_said(row, self.axes)}: {x:.4g}, {y:.4g}") for index, (x, y, row) in enumerate(points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(at(points[i][0], points[i][1]) for i in front))
-        labels = _text(WIDTH / 2, HEIGHT - 8, f"{x_name} ({x_low:.3g} to {x_high:.3g}), {x_side}imal is better", "middle")
-        labels += _text(LEFT, 14, f"{y_name} ({y_low:.3g} to {y_high:.3g}), {y_side}imal is better")
+        labels = _text(WIDTH / 2, HEIGHT - 8, f"{x_name} ({x_low:.3g} to {x_high:.3g}), {x_side}imal is better", "middle", limit=WIDTH)
+        labels += _text(LEFT, 14, f"{y_name} ({y_low:.3g} to {y_high:.3g}), {y_side}imal is better", limit=WIDTH)
+        labels += "".join(self._name(at(*points[i][:2]), points[i][2]) for i in front)
         curve = f"<polyline class='curve' points='{line}'/>"
         return f"<h3>What no other setting beats in both</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' role='img'><title>Pareto front</title>{labels}{curve}{''.join(whiskers)}{''.join(dots)}</svg>"
+
+    def _name(self, place: tuple[float, float], row: Mapping[str, Any]) -> str:
+        """What a point on the front is, beside it: its values on the axes that the picture does not span."""
+        x, y = place
+        text = ", ".join(_label(row[axis]) for axis in self.axes if axis not in (self.pareto or ()))
+        return _text(x - 8, y + 15, text, "end") if x > WIDTH / 2 else _text(x + 8, y - 7, text)
 
     def _points(self) -> list[tuple[float, float, Mapping[str, Any]]]:
         if self.pareto is None:
@@ -205,16 +214,17 @@ def _said(row: Mapping[str, Any], axes: Sequence[str]) -> str:
     return ", ".join(f"{axis} = {_label(row[axis])}" for axis in axes)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    short = text if len(text) <= LABEL_CHARACTERS else f"\N{HORIZONTAL ELLIPSIS}{text[1 - LABEL_CHARACTERS :]}"
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'><title>{html.escape(text)}</title>{html.escape(short)}</text>"
+def _text(x: float, y: float, text: str, anchor: str = "start", *, limit: int = LABEL_CHARACTERS, light: bool = False) -> str:
+    short = text if len(text) <= limit else f"\N{HORIZONTAL ELLIPSIS}{text[1 - limit :]}"
+    style = " style='fill: #fff'" if light else ""  # an attribute would not win over the page's own rule for texts
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'{style}><title>{html.escape(text)}</title>{html.escape(short)}</text>"
 
 
 def _cell(x: float, y: float, value: float, low: float, high: float, wins: bool) -> str:
     frame = f" stroke='{COLOURS[4]}' stroke-width='2'" if wins else ""
     shade = 0.08 + 0.8 * _between(value, low, high)
     rectangle = f"<rect x='{x + 1}' y='{y + 1}' width='{CELL_WIDTH - 2}' height='{CELL_HEIGHT - 2}' fill='{COLOURS[0]}' fill-opacity='{shade:.2f}'{frame}/>"
-    return rectangle + _text(x + CELL_WIDTH / 2, y + 17, f"{value:.4g}", "middle")
+    return rectangle + _text(x + CELL_WIDTH / 2, y + 17, f"{value:.4g}", "middle", light=shade > LIGHT_FROM)
 
 
 def _dot(x: float, y: float, on_front: bool, text: str) -> str:
