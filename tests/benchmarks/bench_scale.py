@@ -224,7 +224,10 @@ def scaled(methods: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]
 
 
 def plan(rows: int, folder: Path) -> dict[str, Any]:
-    """What the plan says of both phases, from its probe on the very pairs; run before them, in a process of its own."""
+    """What the plan says of both phases, each from its probe on the pairs that come into it, as a run asks before a phase starts.
+
+    In a process of its own, which may therefore run when both are done.
+    """
     import torch
 
     from diptych.engine import features
@@ -291,9 +294,9 @@ def measured(rows: int, *, foretold: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fresh("make", rows, folder)
-        told = fresh("plan", rows, folder) if foretold else {}
         with Watched(folder / "scratch") as watched:
             taken = fresh("work", rows, folder)
+        told = fresh("plan", rows, folder) if foretold else {}
         return taken | {"plan": told, "scratch_files": watched.files, "scratch_mb": watched.size_bytes / 1e6}
 
 

@@ -60,12 +60,12 @@ class Case:
 
 CASES = {
     "small": Case("small", 64, 4, 5, 12, 20, 1.5),
-    "nano-16": Case("vit-nano-64", 256, 2, 3, 16, 16, 1.2),
-    "nano-77": Case("vit-nano-64", 256, 2, 3, 77, 77, 0.98),
-    "s32-16": Case("vit-small-32-224", 256, 1, 2, 16, 16, 1.2),
-    "s32-77": Case("vit-small-32-224", 256, 1, 2, 77, 77, 0.98),
+    "nano-16": Case("vit-nano-64", 256, 2, 3, 16, 16, 1.5),
+    "nano-77": Case("vit-nano-64", 256, 2, 3, 77, 77, 1.05),
+    "s32-16": Case("vit-small-32-224", 256, 1, 2, 16, 16, 1.5),
+    "s32-77": Case("vit-small-32-224", 256, 1, 2, 77, 77, 1.05),
 }
-"""With full captions there is nothing to cut: the loops should then cost the same."""
+"""With full captions there is nothing to cut: what is left is the last blocks, which work for the token that is read alone."""
 
 
 def data(case: Case, model: DualEncoder) -> list[dict[str, torch.Tensor]]:

@@ -31,6 +31,7 @@ class Progress:
     phase: str = ""
     _started: float = 0.0
     _printed: float = 0.0
+    _first: tuple[float, float] | None = None
 
     @property
     def terminal(self) -> bool:
@@ -39,18 +40,24 @@ class Progress:
 
     def start(self, phase: str, text: str = "") -> None:
         """A phase begins."""
-        self.phase, self._started, self._printed = phase, time.monotonic(), time.monotonic()
+        self.phase, self._started, self._printed, self._first = phase, time.monotonic(), time.monotonic(), None
         self._print(f"{phase:<9} {text or 'starting'}", final=False)
 
     def update(self, done: float, total: float, text: str = "") -> None:
-        """`done` of `total` units; printed only when the time for the next line has come."""
+        """`done` of `total` units; printed only when the time for the next line has come.
+
+        What is left is foretold from the pace since the phase's first word: neither workers that start nor what a resumed phase found
+        done is work.
+        """
         now = time.monotonic()
+        since, before = self._first = self._first or (now, done)
         if now - self._printed < (TERMINAL_EVERY_S if self.terminal else PLAIN_EVERY_S):
             return
         self._printed = now
         share = min(1.0, done / total) if total else 0.0
         elapsed = now - self._started
-        left = f", about {duration(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
+        paced = done - before > 0.02 * (total - before)
+        left = f", about {duration((now - since) * (total - done) / (done - before))} left" if paced else ""
         self._print(f"{self.phase:<9} {share:4.0%} {text} [{duration(elapsed)}{left}]", final=False)
 
     def note(self, text: str) -> None:

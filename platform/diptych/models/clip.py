@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diptych.core.errors import ConfigError, DataError, nearest
-from diptych.models import architectures, preprocess, resize
+from diptych.models import architectures, preprocess, readout, resize
 
 if TYPE_CHECKING:
     from diptych.models.tokenizer import ForeignTokenizer, Tokenizer
@@ -93,6 +93,8 @@ class DualEncoder(nn.Module):
             image_NCHW = preprocess.normalize(image_NCHW, self.mean, self.std)
         if image_NCHW.shape[-1] != self.image_size and resize.grid_of(self.clip.visual) is not None:
             feature_ND = resize.features(self.clip.visual, image_NCHW)
+        elif readout.reads_class_token(self.clip.visual):
+            feature_ND = readout.class_token(self.clip.visual, image_NCHW)
         else:
             feature_ND = self.clip.encode_image(image_NCHW, normalize=False)
         return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND
@@ -118,7 +120,7 @@ class DualEncoder(nn.Module):
         if length > self.context_length:
             raise DataError.at("The captions are longer than the context", "text_NL", length, f"at most {self.context_length} tokens")
         tower = getattr(self.clip, "text", self.clip)
-        if length < self.context_length and ignores_padding(tower):
+        if ignores_padding(tower):
             feature_ND = _encode_cut(tower, text_NL)
         else:
             missing = 0 if _masks_padding(tower) else self.context_length - length
@@ -275,21 +277,28 @@ def ignores_padding(tower: Any) -> bool:
 
 
 def _encode_cut(tower: Any, text_NL: torch.Tensor) -> torch.Tensor:
-    """A causal text tower on a cut batch: the first L positions, the L x L corner of the mask.
+    """A causal text tower on a cut batch: the first L positions, the L x L corner of the mask, read at the end token alone.
 
     The end token is taken before the last LayerNorm, which works on each token alone.
     """
-    from open_clip.transformer import text_global_pool
-
     length, dtype = text_NL.shape[1], tower.transformer.get_cast_dtype()
     x_NLD = tower.token_embedding(text_NL).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x_NLD = tower.transformer(x_NLD, attn_mask=tower.attn_mask[:length, :length])
-    pool, eos_id = getattr(tower, "text_pool_type", None) or tower.pool_type, getattr(tower, "text_eos_id", None) or tower.eos_id
-    x_ND: torch.Tensor = tower.ln_final(text_global_pool(x_NLD, text_NL, pool, eos_token_id=eos_id))
+    x_ND: torch.Tensor = tower.ln_final(
+        readout.at_token(tower.transformer, x_NLD, end_of(tower, text_NL), tower.attn_mask[:length, :length])
+    )
     projection = tower.text_projection
     if projection is None:
         return x_ND
     return cast(torch.Tensor, projection(x_ND)) if isinstance(projection, nn.Module) else x_ND @ projection
+
+
+def end_of(tower: Any, text_NL: torch.Tensor) -> torch.Tensor:
+    """Where each caption ends, `[N]` int64: the token at which a tower that `ignores_padding` takes its feature."""
+    if (getattr(tower, "text_pool_type", None) or tower.pool_type) == "argmax":
+        return text_NL.argmax(dim=-1)
+    eos_id = getattr(tower, "text_eos_id", None) or tower.eos_id
+    end_N: torch.Tensor = (text_NL == eos_id).int().argmax(dim=-1)
+    return end_N
 
 
 def _masks_padding(tower: Any) -> bool:

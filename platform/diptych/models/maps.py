@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diptych.core.errors import DataError
 from diptych.models import preprocess
-from diptych.models.clip import DualEncoder, ignores_padding, pad_id
+from diptych.models.clip import DualEncoder, end_of, ignores_padding, pad_id
 
 
 def image_map(model: DualEncoder, image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +55,4 @@ def real_tokens(tower: Any, text_NL: Tensor) -> Tensor:
     """The tokens up to a caption's end, bool `[N, L]`; for towers that mask their padding, all that are none."""
     if not ignores_padding(tower):
         return text_NL != pad_id(tower)
-    pool = getattr(tower, "text_pool_type", None) or tower.pool_type
-    ends_NL = text_NL if pool == "argmax" else (text_NL == (getattr(tower, "text_eos_id", None) or tower.eos_id)).int()
-    return torch.arange(text_NL.shape[1], device=text_NL.device) <= ends_NL.argmax(dim=1)[:, None]
+    return torch.arange(text_NL.shape[1], device=text_NL.device) <= end_of(tower, text_NL)[:, None]

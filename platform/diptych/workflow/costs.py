@@ -178,7 +178,9 @@ class _Hurried(Source):
 def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
     """Runs the phase on small samples in this process, larger ones for many pairs; the slope over them is the time a pair takes.
 
-    A millisecond of noise in a probe of 512 pairs is two seconds a million, so a far goal wants a longer run-up.
+    A millisecond of noise in a probe of 512 pairs is two seconds a million, so a far goal wants a longer run-up. Code that is loaded on
+    first use would pass for the time of the smallest sample, so that one goes first once more. Memory follows the largest table, since
+    passes hold one table at a time.
     """
     rows = _rows(dataset, "train")
     if not store.workflow.methods(phase):
@@ -187,18 +189,31 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
         return Cost(rows=rows)  # a scout is trained first: no probe is cheap
     folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
     probes: list[tuple[int, float]] = []
+    memory: list[int] = []
     try:
+        first = PROBE_ROWS[0]
+        _timed_pass(phase, store, _few(dataset, folder / "few", first), folder / "first")
         while (count := _next_probe(rows, probes)) is not None:
             probes.append(_timed_pass(phase, store, _few(dataset, folder / f"few-{count}", count), folder / str(count)))
+            memory.append(_memory_bytes())
     except DiptychError:
         return Cost(rows=rows)  # a method that cannot work on so few pairs tells nothing about many
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    few, more = probes[0], probes[-1]
-    slope = max(0.0, more[1] - few[1]) / max(1, more[0] - few[0])
+    counts = [count for count, _ in probes]
+    most = max((table.rows for table in dataset.manifest.tables), default=0)
     return Cost(
-        rows=rows, seconds=more[1] + slope * max(0, rows - more[0]), memory_bytes=_memory_bytes(), written_bytes=rows * TABLE_ROW_BYTES
+        rows=rows,
+        seconds=_further(counts, [seconds for _, seconds in probes], rows),
+        memory_bytes=round(_further(counts, memory, min(rows, most))),
+        written_bytes=rows * TABLE_ROW_BYTES,
     )
+
+
+def _further(counts: Sequence[int], values: Sequence[float], rows: int) -> float:
+    """What the line through the smallest and the largest probe says of `rows` pairs; never less than the largest probe."""
+    slope = max(0.0, values[-1] - values[0]) / max(1, counts[-1] - counts[0])
+    return values[-1] + slope * max(0, rows - counts[-1])
 
 
 def _next_probe(rows: int, probes: Sequence[tuple[int, float]]) -> int | None:
