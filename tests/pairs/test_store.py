@@ -24,7 +24,7 @@ from diptych.engine.session import Session
 from diptych.pairs import export, ranges
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.ingest import IngestConfig, ingest_all
-from diptych.pairs.sources import webdataset
+from diptych.pairs.sources import parquet, webdataset
 from diptych.pairs.sources.paths import expand
 
 moto = pytest.importorskip("moto.server")
@@ -153,6 +153,43 @@ def test_a_store_that_fails_now_and_then_changes_nothing(store: Store, tars: str
     shaken = pruned(ingested(tars, tmp_path / "b" / "ingest"), tmp_path / "b" / "prune")
     assert shaken.digest == calm.digest
     assert {store.seen["GET", f"/pictures/in/{number:05d}.tar"] for number in range(TARS)} == {3}, "one in vain at ingest, two that came"
+
+
+@pytest.fixture
+def table(store: Store) -> str:
+    """A Parquet file of pictures in the bucket."""
+    import polars as pl
+    import s3fs
+
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(ROWS):
+        packed = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(packed, "PNG")
+        pictures.append(packed.getvalue())
+    written = io.BytesIO()
+    pl.DataFrame({"key": [str(row) for row in range(ROWS)], "image": pictures, "text": ["a picture"] * ROWS}).write_parquet(written)
+    files = s3fs.S3FileSystem()
+    files.mkdir("tables")
+    files.pipe_file("tables/pairs.parquet", written.getvalue())
+    store.seen.clear()
+    return "s3://tables/pairs.parquet"
+
+
+@pytest.mark.parametrize("fault", ["500", "cut"])
+def test_parquet_in_a_store_that_fails_now_and_then_is_read_whole(store: Store, table: str, tmp_path: Path, fault: str) -> None:
+    expected = ingest_all(parquet.Config(path=table).build(), tmp_path / "plain").digest
+    store.seen.clear()
+    store.fault = lambda method, path, before: fault if method == "GET" and path.endswith(".parquet") and before % 3 == 0 else None
+    assert ingest_all(parquet.Config(path=table).build(), tmp_path / "shaken").digest == expected
+
+
+def test_parquet_in_a_store_that_breaks_down_is_told_in_a_sentence(store: Store, table: str, tmp_path: Path) -> None:
+    store.fault = lambda method, path, before: "500" if method == "GET" and path.endswith(".parquet") and before else None
+    with pytest.raises(DataError) as caught:
+        ingest_all(parquet.Config(path=table).build(), tmp_path / "out")
+    assert "A file cannot be read to its end" in str(caught.value)
+    assert "give the same command again" in str(caught.value)
 
 
 def test_a_store_that_breaks_down_stops_the_work_with_a_sentence_and_the_same_command_finishes_it(

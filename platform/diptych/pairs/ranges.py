@@ -6,6 +6,7 @@ Where a store lies and who asks, fsspec's libraries read from the environment (S
 from __future__ import annotations
 
 import errno
+import io
 import os
 import time
 from collections.abc import Callable
@@ -89,6 +90,39 @@ class ReadAhead:
             if len(self._block) < wanted:  # must not pass for a tar that was cut off: its pairs would be lost
                 raise OSError(errno.EIO, f"{len(self._block)} bytes came of {wanted} at {offset}")
         return self._block[offset - self._start : offset - self._start + size]
+
+
+class Stream(io.RawIOBase):
+    """A file that is read by range, as libraries want a file: `read`, `seek`, `tell`. For one thread."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file, self._at, self._size = file, 0, file.size
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """The new place, from the start, from here or from the end."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises OSError if a remote answer is too short, which must not pass for the end."""
+        wanted = max(0, min(self._size - self._at, size if size >= 0 else self._size))
+        data = self._file.read(self._at, wanted) if wanted else b""
+        if len(data) < wanted:
+            raise OSError(errno.EIO, f"{len(data)} bytes came of {wanted} at {self._at}")
+        self._at += len(data)
+        return data
 
 
 def insist(work: Callable[[], Answer], sleep: Callable[[float], None] = time.sleep) -> Answer:

@@ -11,6 +11,7 @@ from pydantic import Field
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import RawPair, Source
+from diptych.pairs.ranges import Stream, open_range
 from diptych.pairs.sources.paths import captions_of, expand, scalars, short_names
 
 BATCH_ROWS = 128
@@ -54,22 +55,22 @@ class Parquet(Source):
 
     def read(self, part: str) -> Iterator[RawPair]:
         """The rows of one file. Raises DataError if it is not Parquet, is damaged, or lacks the columns."""
-        import fsspec
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         uri = self._files[part]
         try:
-            with fsspec.open(uri, "rb") as file:
-                table = pq.ParquetFile(file)
-                self._check(uri, table.schema_arrow.names)
-                row = 0
-                for batch in table.iter_batches(BATCH_ROWS):
-                    for values in as_bytes(batch).to_pylist():
-                        yield self._pair(part, row, values)
-                        row += 1
-        except (pa.ArrowException, OSError) as error:
+            table = pq.ParquetFile(Stream(open_range(uri)))
+            self._check(uri, table.schema_arrow.names)
+            row = 0
+            for batch in table.iter_batches(BATCH_ROWS):
+                for values in as_bytes(batch).to_pylist():
+                    yield self._pair(part, row, values)
+                    row += 1
+        except pa.ArrowException as error:
             raise DataError.at("A file cannot be read as Parquet", uri, error, "a whole Parquet file") from error
+        except OSError as error:
+            raise DataError.at("A file cannot be read to its end", uri, error, "a Parquet file", "give the same command again") from error
 
     def _check(self, uri: str, columns: Sequence[str]) -> None:
         if self.config.image not in columns:
