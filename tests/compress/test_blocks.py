@@ -126,6 +126,26 @@ def test_timm_image_tower_and_a_text_tower_of_its_own(timm: clip.DualEncoder) ->
     assert_same(inputs_of(timm, "text", batch), native_by_hand(timm.clip.text.transformer, "clip.text.transformer.resblocks", x, mask))
 
 
+def test_stages_of_a_hierarchical_image_tower() -> None:
+    model = clip.create("shapes-swin-16", 0).eval()
+    batch, trunk = batch_of(model), model.clip.visual.trunk
+    seen: dict[str, Tensor] = {}
+    inside = {name: module for name, module in trunk.layers.named_modules() if isinstance(module, nn.Linear)}
+
+    def look(name: str, args: tuple[Tensor]) -> None:
+        seen[name] = args[0]
+
+    handles = [module.register_forward_pre_hook(lambda _, args, name=name: look(name, args)) for name, module in inside.items()]
+    with torch.no_grad():
+        model.encode_image(batch["image_NCHW"])
+    for handle in handles:
+        handle.remove()
+    found = {name: x_NLI for name, (_, x_NLI) in inputs_of(model, "image", batch).items()}
+    assert {name.removeprefix("clip.visual.trunk.layers.").removesuffix(".weight") for name in found} == set(inside)
+    for name, x in seen.items():
+        torch.testing.assert_close(found[f"clip.visual.trunk.layers.{name}.weight"], x, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("which", ["native", "timm"])
 def test_every_linear_parameter_inside_the_blocks_is_named(which: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)

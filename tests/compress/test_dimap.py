@@ -9,7 +9,7 @@ from torch import nn
 
 from diptych.compress import lamp
 from diptych.compress.dimap import Config, masks, module_of
-from diptych.compress.magnitude import masks_of, prunable
+from diptych.compress.magnitude import largest, masks_of, prunable
 from diptych.core.errors import ConfigError
 from diptych.models import clip
 
@@ -97,6 +97,16 @@ def test_timm_towers_are_reached() -> None:
     Config(ratio=0.5, towers="image").build().compress(model, [])
     pruned = {name.split("blocks.0.")[1] for name in masks_of(model) if "blocks.0." in name}
     assert pruned == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+
+
+def test_one_threshold_a_matrix_is_uniform_magnitude_pruning() -> None:
+    model = clip.create("shapes-swin-16", 0)
+    before = {name: weight.detach().clone() for name, weight in prunable(model, "image")}
+    Config(ratio=0.6, towers="image", module="layer").build().compress(model, [])
+    kept = masks_of(model)
+    assert len(kept) == 24
+    for name, mask in kept.items():
+        assert torch.equal(mask, largest(before[name].abs(), 0.6)), name
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -1,6 +1,6 @@
 """A walk through the transformer blocks of both towers: every weight matrix by name, and exactly what it is multiplied with.
 
-Works on open_clip's own towers, on timm's vision transformers and on text encoders of the BERT family. Fused attention hides the
+Works on open_clip's own towers, on timm's vision transformers, hierarchical ones included, and on text encoders of the BERT family. Fused attention hides the
 input of its output projection from hooks, so attention computes in the open while inputs are looked at (`models/attention.py`).
 Memory: the inputs of one block at a time, for all calibration pairs, and nothing of the others.
 
@@ -29,10 +29,10 @@ Kind = Literal["image", "text"]
 Batch = Mapping[str, Tensor]
 
 BLOCKS: dict[Kind, tuple[str, ...]] = {
-    "image": ("transformer.resblocks", "trunk.blocks"),
+    "image": ("transformer.resblocks", "trunk.blocks", "trunk.layers"),
     "text": ("transformer.resblocks", "transformer.encoder.layer"),
 }
-"""Where the blocks of a tower are: open_clip's own, then timm's or Hugging Face's."""
+"""Where the blocks of a tower are: open_clip's own, then timm's (of hierarchical ones the stages) or Hugging Face's."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Inputs:
 
     def tokens(self, x_NLI: Tensor) -> Tensor:
         """The tokens that count, `[T, I]`."""
-        assert x_NLI.ndim == 3, f"a matrix was given {tuple(x_NLI.shape)}, not sequences"
-        return x_NLI.flatten(0, 1) if self.valid_NL is None else x_NLI[self.valid_NL]
+        return x_NLI.flatten(0, -2) if self.valid_NL is None else x_NLI[self.valid_NL]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -38,8 +38,10 @@ class Config(BaseConfig):
 
     method: Literal["dimap"] = "dimap"
     ratio: float = Field(0.5, ge=0, lt=1, description="share of each module's weights that becomes zero")
-    module: Literal["kind", "model"] = Field(
-        "kind", description="one threshold for q, k, v, one for attention's output, one for the MLP; or one for all of them"
+    module: Literal["kind", "model", "layer"] = Field(
+        "kind",
+        description="one threshold for q, k, v, one for attention's output, one for the MLP; or one for all of them; or one a matrix,"
+        " which is uniform magnitude pruning of the same matrices",
     )
     towers: Literal["both", "image", "text"] = Field("both", description="which towers are pruned")
     jointly: bool = Field(False, description="a module runs through both towers; false: each tower has its own")
@@ -84,7 +86,7 @@ class DIMAP:
         groups: dict[tuple[str, str], list[str]] = {}
         for name in weights:
             tower = "both" if self.config.jointly else tower_of(name)
-            module = "all" if self.config.module == "model" else module_of(name)
+            module = {"kind": module_of(name), "model": "all", "layer": name}[self.config.module]
             groups.setdefault((tower, module), []).append(name)
         return groups
 

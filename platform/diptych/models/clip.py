@@ -225,6 +225,8 @@ def _instantiate(config: Mapping[str, Any]) -> Any:
     if is_hf:
         own["text_cfg"]["hf_model_pretrained"] = False
     if is_timm:
+        from diptych.models import swin  # noqa: F401  # registers its tower with timm
+
         own["vision_cfg"]["timm_model_pretrained"] = False
     if not (own.pop("custom_text", False) or is_hf):
         return CLIP(**own)
