@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,9 +209,28 @@ def test_the_catalogue_builds_it() -> None:
     assert method.report(None) == {"captioner": "rules", "fuser": "lexicon", "prompts": 1}
 
 
+def test_a_model_on_this_machine_describes(image_to_text: Path) -> None:
+    described_by = {"path": str(image_to_text), "max_new_tokens": 5}
+    method = Config.parse({"captioner": "model", "described_by": described_by, "rewriter": "none"}).build(0)
+    pixels = [Seen(str(shade), picture_of(shade)) for shade in (0, 120, 250)]
+    answers = method.captioner.describe(pixels)
+    assert len(answers) == 3
+    assert all(answer is None or set(answer.split()) <= {"a", "red", "blue", "square", "on", "white"} for answer in answers)
+    assert any(answers)
+    assert method.report(None)["captioner"] == str(image_to_text)
+
+
+def picture_of(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, 255 - shade, 60)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        ({"captioner": "model"}, "belong together"),
+        ({"described_by": {"path": "x"}}, "belong together"),
         ({"captioner": "existing"}, "belong together"),
         ({"existing": "synthetic:blip"}, "belong together"),
         ({"captioner": "endpoint"}, "needs|belong together"),

@@ -29,7 +29,7 @@ from torch import nn
 from diptych.core import chance
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError, DataError, DiptychError
-from diptych.models import preprocess
+from diptych.models import preprocess, readout
 from diptych.models.clip import DualEncoder
 
 
@@ -154,7 +154,10 @@ class PromptTuned(nn.Module):
             image_NCHW = preprocess.normalize(image_NCHW, self.mean, self.std)
         token_NLW = self.visual._embeds(image_NCHW)  # [CLS] and patches with positions, behind ln_pre
         prompt_NMW = self.prompts.expand(len(token_NLW), -1, -1)
-        token_NLW = self.visual.transformer(torch.cat([token_NLW[:, :1], prompt_NMW, token_NLW[:, 1:]], dim=1))
+        token_NLW = torch.cat([token_NLW[:, :1], prompt_NMW, token_NLW[:, 1:]], dim=1)
+        if readout.reads_class_token(self.visual):
+            return readout.class_token(self.visual, token_NLW)
+        token_NLW = self.visual.transformer(token_NLW)
         token_NLW = torch.cat([token_NLW[:, :1], token_NLW[:, 1 + len(self.prompts) :]], dim=1)
         pooled_NW: torch.Tensor = self.visual._pool(token_NLW)[0]
         return pooled_NW if self.visual.proj is None else pooled_NW @ self.visual.proj

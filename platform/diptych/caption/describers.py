@@ -1,4 +1,4 @@
-"""Who says what a picture shows, without seeing its text: a rule, a multimodal model on a server, or a caption that is there already."""
+"""Who says what a picture shows, without seeing its text: a rule, a multimodal model on a server or on this machine, or a caption that is there already."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from diptych.caption.captioners import Picture, PictureCaptioner
 from diptych.caption.rewriters import Request, Rewriter
 
 PROMPT = "Say in one short sentence of fewer than 20 words what is to be seen in this picture."
@@ -53,6 +54,17 @@ class ModelCaptioner:
     def describe(self, seen: Sequence[Seen]) -> list[str | None]:
         """One answer a picture. Raises as the rewriter does."""
         return self.rewriter.rewrite([Request(each.key, 0, "", prompt=PROMPT, picture=each.picture) for each in seen])
+
+
+class LocalDescriber:
+    """Asks an image-to-text model on this machine; no text of the pair is shown to it."""
+
+    def __init__(self, captioner: PictureCaptioner) -> None:
+        self.captioner = captioner
+
+    def describe(self, seen: Sequence[Seen]) -> list[str | None]:
+        """One answer a picture. Raises as the captioner does."""
+        return self.captioner.caption([Picture(each.key, each.picture) for each in seen])
 
 
 class ExistingCaptioner:

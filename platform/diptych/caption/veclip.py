@@ -3,7 +3,7 @@
 Neither alone is the method: fused captions lose names, alt texts lose the picture. The mixture is drawn anew at every visit by the loader:
 `train.original` is the share of the alt text (0.5 in the paper); a pair whose captions could not be used trains on its alt text alone.
 
-The paper describes with LLaVA-13B and fuses with Vicuna-13B. Here both are a choice: a server, a model on this machine (to fuse), or rules.
+The paper describes with LLaVA-13B and fuses with Vicuna-13B. Here both are a choice: a server, a model on this machine, or rules.
 
 Source: Lai et al., VeCLIP: Improving CLIP Training via Visual-enriched Captions (ECCV 2024), section 3. The wording of the prompts and how
 refusals are told are ours: the authors published neither.
@@ -20,7 +20,8 @@ from typing import Any, Literal, Self, get_args
 import polars as pl
 from pydantic import Field, model_validator
 
-from diptych.caption.describers import Captioner, ExistingCaptioner, ModelCaptioner, RuleCaptioner, Seen
+from diptych.caption.captioners.local import LocalConfig as ImageToText
+from diptych.caption.describers import Captioner, ExistingCaptioner, LocalDescriber, ModelCaptioner, RuleCaptioner, Seen
 from diptych.caption.laclip import tidy
 from diptych.caption.rewriters import Request, Rewriter
 from diptych.caption.rewriters.endpoint import EndpointConfig
@@ -57,8 +58,10 @@ class Config(BaseConfig):
     """Appends one caption a pair: its description fused with its alt text, or the description alone. No pair is rejected."""
 
     method: Literal["veclip"] = "veclip"
-    captioner: Literal["rules", "endpoint", "existing"] = Field(
-        "rules", description="who describes: a rule for drawings in white on black, a multimodal server, or captions of `existing`"
+    captioner: Literal["rules", "endpoint", "model", "existing"] = Field(
+        "rules",
+        description="who describes: a rule for drawings in white on black, a multimodal server, a 🤗 image-to-text model on this machine,"
+        " or captions of `existing`",
     )
     existing: str | None = Field(
         None,
@@ -66,6 +69,7 @@ class Config(BaseConfig):
         description="captioner existing: the source of the captions to take, which the new ones replace, e.g. synthetic:blip",
     )
     vision: EndpointConfig | None = Field(None, description="captioner endpoint: the multimodal server; its api must be chat")
+    described_by: ImageToText | None = Field(None, description="captioner model: the image-to-text model on this machine")
     rewriter: Literal["none", "lexicon", "endpoint", "local"] = Field(
         "lexicon", description="who fuses: nobody (the description itself is the caption), a rule and a word table, a server, a local model"
     )
@@ -80,6 +84,8 @@ class Config(BaseConfig):
             raise ValueError("captioner: existing and the key existing, a source of captions, belong together")
         if (self.captioner == "endpoint") != (self.vision is not None):
             raise ValueError("captioner: endpoint and the key vision (at least base_url and model) belong together")
+        if (self.captioner == "model") != (self.described_by is not None):
+            raise ValueError("captioner: model and the key described_by (at least path) belong together")
         if self.vision is not None and self.vision.api != "chat":
             raise ValueError("vision: pictures can be shown to a chat only; set vision.api: chat")
         return self
@@ -103,6 +109,8 @@ class Config(BaseConfig):
         """The chosen captioner alone."""
         if self.vision is not None:
             return ModelCaptioner(self.vision.build(seed))
+        if self.described_by is not None:
+            return LocalDescriber(self.described_by.build())
         return ExistingCaptioner() if self.captioner == "existing" else RuleCaptioner()
 
     def build_rewriter(self, seed: int) -> Rewriter | None:
@@ -139,9 +147,12 @@ class VeClip(PairMethod):
     def report(self, state: Any) -> Mapping[str, Any]:
         """Who described and fused, by which prompts. Shares by status and style are `veclip_stats` of the table."""
         del state
-        config, block = self.config, self.config.endpoint or self.config.local
-        fuser = getattr(block, "model", None) or getattr(block, "path", None) or config.rewriter
-        return {"captioner": config.vision.model if config.vision else config.captioner, "fuser": fuser, "prompts": PROMPT_VERSION}
+        config = self.config
+        return {
+            "captioner": _name(config.vision or config.described_by) or config.captioner,
+            "fuser": _name(config.endpoint or config.local) or config.rewriter,
+            "prompts": PROMPT_VERSION,
+        }
 
     def tally(self, kept: pl.LazyFrame) -> Mapping[str, int]:
         """Pairs by what became of their caption: `ok`, or why they have their own or the plain description."""
@@ -207,6 +218,11 @@ class _Pair:
         text = self.fused or self.visual
         own = [caption for caption in self.own if caption["text"] not in self.seen.texts] if text and self.seen.texts else self.own
         return [*own, {"text": text, "source": FUSED if self.fused else VISUAL, "score": None}] if text else own
+
+
+def _name(config: EndpointConfig | ImageToText | LocalConfig | None) -> str | None:
+    """The model that a server or a folder stands for."""
+    return None if config is None else config.model if isinstance(config, EndpointConfig) else config.path
 
 
 def joined(alt: str, visual: str) -> str:

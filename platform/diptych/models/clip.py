@@ -94,7 +94,7 @@ class DualEncoder(nn.Module):
         if image_NCHW.shape[-1] != self.image_size and resize.grid_of(self.clip.visual) is not None:
             feature_ND = resize.features(self.clip.visual, image_NCHW)
         elif readout.reads_class_token(self.clip.visual):
-            feature_ND = readout.class_token(self.clip.visual, image_NCHW)
+            feature_ND = readout.class_token(self.clip.visual, self.clip.visual._embeds(image_NCHW))
         else:
             feature_ND = self.clip.encode_image(image_NCHW, normalize=False)
         return nn.functional.normalize(feature_ND, dim=-1) if normalize else feature_ND

@@ -44,10 +44,10 @@ def at_token(transformer: Any, x_NLD: Tensor, place_N: Tensor, mask_LL: Tensor |
     return _last(last, x_NLD, place_N, mask_NL)
 
 
-def class_token(visual: Any, image_NCHW: Tensor) -> Tensor:
-    """The features `[N, D]` of normalised pictures by an image tower of open_clip for which `reads_class_token` holds."""
-    x_NLD = visual._embeds(image_NCHW)
-    x_ND = visual.ln_post(at_token(visual.transformer, x_NLD, x_NLD.new_zeros(len(x_NLD), dtype=torch.int64)))
+def class_token(visual: Any, token_NLD: Tensor) -> Tensor:
+    """The features `[N, D]` of an image tower for which `reads_class_token` holds, from its tokens in front of the blocks, the class first."""
+    first_N = token_NLD.new_zeros(len(token_NLD), dtype=torch.int64)
+    x_ND = visual.ln_post(at_token(visual.transformer, token_NLD, first_N))
     feature_ND: Tensor = x_ND if visual.proj is None else x_ND @ visual.proj
     return feature_ND
 
@@ -69,7 +69,7 @@ def can_be_cut(transformer: Any) -> bool:
     """Whether the last block can work for one token: it is open_clip's own block, and nobody looks at what happens inside."""
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
-    if type(transformer) is not Transformer or not transformer.batch_first:
+    if type(transformer) is not Transformer or not transformer.batch_first or not len(transformer.resblocks):
         return False
     last = transformer.resblocks[-1]
     return (
