@@ -46,7 +46,16 @@ def test_a_missing_phase_is_refused_since_dvc_locks_every_key() -> None:
     del raw["compress"]
     with pytest.raises(ConfigError) as caught:
         spec.check(raw, Path("small.yaml"))
-    assert [problem.where for problem in caught.value.problems] == ["compress"]
+    assert [(problem.where, problem.fix) for problem in caught.value.problems] == [("compress", "add `compress: []`")]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "workflows").glob("*.yaml")) + sorted((ROOT / "workflows" / "examples").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
+def test_what_is_shipped_is_in_order(path: Path) -> None:
+    assert spec.load(path).name == path.stem
 
 
 def test_batches_that_do_not_divide_and_too_many_workers_are_refused() -> None:

@@ -64,12 +64,19 @@ def _problem(model: type[BaseModel], detail: ErrorDetails, where: str) -> Proble
             known = _fields_at(model, detail["loc"][:-1])
             return Problem(path, shorten(detail["input"]), f"one of the keys {', '.join(known)}", nearest(location[-1], known))
         case "missing":
-            return Problem(path, "nothing", "a value: the key is required", f"add {location[-1]!r}")
+            shown = _example_of(model, detail["loc"])
+            return Problem(path, "nothing", "a value: the key is required", f"add {shown or repr(location[-1])}")
         case "literal_error":
             allowed = str(detail.get("ctx", {}).get("expected", ""))
             hint = nearest(str(detail["input"]), [word.strip(" '") for word in allowed.replace(" or ", ",").split(",")])
             return Problem(path, shorten(detail["input"]), allowed, hint)
     return Problem(path, shorten(detail["input"]), detail["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+
+
+def _example_of(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    """A key with a value that could stand there, for keys of the model that have an example."""
+    field = model.model_fields.get(str(location[0])) if len(location) == 1 else None
+    return f"`{location[0]}: {field.examples[0]}`" if field is not None and field.examples else None
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -47,7 +47,7 @@ class Pipeline:
             stages = {stage.name.partition("@")[0]: stage for stage in self._repo.stage.collect(target, with_deps=True)}
         except DvcException as error:
             raise ConfigError.at("DVC cannot read its pipeline", root / "dvc.yaml", str(error), f"a stage for {workflow!r} in every phase",
-                                 f"list {workflow!r} under each `foreach` in dvc.yaml") from error  # fmt: skip
+                                 f"add {workflow!r} to `workflows` at the top of dvc.yaml") from error  # fmt: skip
         missing = [phase for phase in phases if phase not in stages]
         if missing:
             raise ConfigError.at(

@@ -26,6 +26,8 @@ from diptych.workflow.spec import PAIR_PHASES, PHASES, Workflow, check_resources
 from diptych.workflow.store import PlainStore, Store, open_store
 
 BARS = "▁▂▃▄▅▆▇█"
+REASONS = 3
+"""Reasons why pairs left that a line names, the most frequent; the others it counts."""
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -141,8 +143,10 @@ def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress:
 def summary(phase: str, figures: Mapping[str, Any]) -> str:
     """One line on what a phase did."""
     if "pairs_in" in figures:
-        left = sum(entry["count"] for entry in figures.get("left", []))
-        reasons = ", ".join(f"{entry['reason']} {entry['count']:,}" for entry in figures.get("left", [])[:3])
+        left = figures.get("left", [])
+        named = [f"{entry['reason']} {entry['count']:,}" for entry in left[:REASONS]]
+        rest = sum(entry["count"] for entry in left[REASONS:])
+        reasons = ", ".join([*named, *([f"other reasons {rest:,}"] if rest else [])])
         captions = f", {figures['captions_per_pair']:.1f} captions a pair" if phase == "caption" else ""
         return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
     if phase == "train" and "samples_seen" in figures:

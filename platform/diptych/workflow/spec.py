@@ -132,14 +132,14 @@ class _Skeleton(Config):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     about: str = ""
-    seed: int = Field(ge=0, lt=2**63)
-    data: dict[str, Any]
-    curate: tuple[dict[str, Any], ...]
-    prune: tuple[dict[str, Any], ...]
-    caption: tuple[dict[str, Any], ...]
-    train: TrainSection
-    compress: tuple[dict[str, Any], ...]
-    evaluate: EvaluateSection
+    seed: int = Field(ge=0, lt=2**63, examples=["0"])
+    data: dict[str, Any] = Field(examples=["{source: folder, path: photos}"])
+    curate: tuple[dict[str, Any], ...] = Field(examples=["[]"])
+    prune: tuple[dict[str, Any], ...] = Field(examples=["[]"])
+    caption: tuple[dict[str, Any], ...] = Field(examples=["[]"])
+    train: TrainSection = Field(examples=["{epochs: 8, batch_size: 256}"])
+    compress: tuple[dict[str, Any], ...] = Field(examples=["[]"])
+    evaluate: EvaluateSection = Field(examples=["{}"])
 
 
 @dataclass(frozen=True)
