@@ -97,7 +97,7 @@ def test_a_lost_output_is_checked_out_of_the_cache(folder: Path) -> None:
 
 
 def test_a_workflow_that_is_not_listed_and_a_broken_file_are_config_errors(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="add .other. to .workflows. at the top of dvc.yaml"):
+    with pytest.raises(ConfigError, match=r"add .other. to .workflows. at the top of dvc\.yaml"):
         Pipeline(folder, "other", PHASES)
     with pytest.raises(ConfigError, match="lacks stages"):
         Pipeline(folder, "w", ("first", "third", "second"))

@@ -56,6 +56,29 @@ def test_optimizers_that_need_whole_weights_are_refused() -> None:
         sharding.refuse_optimizer(AdamP().build(groups))
 
 
+@pytest.mark.parametrize(
+    ("plain", "whole"),
+    [
+        ({"method": "clip"}, False),
+        ({"method": "cloob"}, False),
+        ({"method": "clip-rocket"}, False),
+        ({"method": "clip-rocket", "extra": "byolip"}, True),
+        ({"method": "a-clip"}, True),
+        ({"method": "lightclip"}, True),
+        ({"method": "coca"}, True),
+    ],
+    ids=str,
+)
+def test_objectives_that_look_inside_the_towers_are_refused(plain: dict[str, Any], whole: bool) -> None:
+    from diptych.core import catalogue
+
+    objective = catalogue.config_class(catalogue.find(plain["method"], "objective")).parse(plain).build()  # type: ignore[attr-defined]
+    if not whole:
+        return sharding.refuse_objective(objective)
+    with pytest.raises(ConfigError, match="set parallel: ddp"):
+        sharding.refuse_objective(objective)
+
+
 def test_other_devices_are_refused() -> None:
     from diptych.models import clip
 

@@ -137,7 +137,8 @@ class Wants:
     """What an objective wants beside, or in place of, the features of its pairs. It says so in attributes of these names.
 
     All of them are optional: an objective that declares none gets one picture and one caption a pair, both encoded. One that runs the model
-    itself says `encodes = ()`, and `whole_batch = True` if it does so on the batch at once, which then cannot be cut into micro-batches.
+    itself says `encodes = ()`, and `whole_batch = True` if it does so on the batch at once, which then cannot be cut into micro-batches. One
+    that looks inside the towers, or keeps a copy of them, says `whole_weights = True`: it is refused where weights are shared out.
 
     Attributes:
         views: recipes (`train/views.py`, e.g. `"weak"`, `"strong"`) of further augmented pictures of each pair: `view0_NCHW`, …, uint8.

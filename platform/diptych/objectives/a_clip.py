@@ -72,7 +72,7 @@ class AClip(nn.Module):
     """
 
     encodes = ("text",)
-    whole_batch = True
+    whole_batch = whole_weights = True
     views = ("weak", "around")
     boxes = True
 

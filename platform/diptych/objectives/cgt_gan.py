@@ -56,7 +56,7 @@ class CgtGan(nn.Module):
     """The objective. State: the discriminator. The corpus, as tokens and as features, follows from the training pairs."""
 
     encodes: tuple[()] = ()
-    whole_batch = True
+    whole_batch = whole_weights = True
     token_V: Tensor
     corpus_TL: Tensor
     corpus_TD: Tensor

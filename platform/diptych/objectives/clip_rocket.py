@@ -164,6 +164,7 @@ class ClipRocket(nn.Module):
         self.config = config
         self.views = (config.view,) * VIEWS if config.augment else ()
         self.captions = VIEWS if config.augment and config.captions == "several" else 0
+        self.whole_weights = config.extra == "byolip"
         self.seed = 0
         self.average: nn.Module | None = None
         self.heads, self.projectors = nn.ModuleDict(), nn.ModuleDict()

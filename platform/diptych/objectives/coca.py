@@ -28,7 +28,7 @@ class Coca(nn.Module):
     """The objective; it runs the model itself, for the decoder needs more than features. State: the tokens that may be said."""
 
     encodes: tuple[()] = ()
-    whole_batch = True
+    whole_batch = whole_weights = True
     token_V: Tensor
 
     def __init__(self, config: Config) -> None:

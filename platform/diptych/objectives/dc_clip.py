@@ -75,6 +75,7 @@ class DcClip(nn.Module):
     """The objective of the first stage. State: the adapters."""
 
     encodes: ClassVar[tuple[Tower, ...]] = ()
+    whole_weights = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()

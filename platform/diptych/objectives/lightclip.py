@@ -132,7 +132,7 @@ class LightClip(nn.Module):
     """The objective; it runs both towers itself. State: the mask token, the fusion layers and the head of the masked words."""
 
     encodes: tuple[()] = ()
-    whole_batch = True
+    whole_batch = whole_weights = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()

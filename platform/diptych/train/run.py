@@ -235,6 +235,7 @@ def _first_state(
     sync.broadcast([*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()], world)
     shared = config.parallel == "fsdp" and world > 1
     if shared:
+        sharding.refuse_objective(objective)
         sharding.shard(model, world, device)
     named = [*model.named_parameters(), *((f"objective.{name}", parameter) for name, parameter in objective.named_parameters())]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]

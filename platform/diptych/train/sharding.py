@@ -68,6 +68,15 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError.at("The optimizer needs whole weights, which no worker has", "parallel", type(optimizer).__name__, expected)
 
 
+def refuse_objective(objective: object) -> None:
+    """Raises ConfigError for an objective that looks inside the towers or keeps a copy of them."""
+    if getattr(objective, "whole_weights", False):
+        expected = "an objective that only asks the model for features, such as clip"
+        raise ConfigError.at(
+            "The objective needs whole weights, which no worker has", "parallel", type(objective).__name__, expected, "set parallel: ddp"
+        )
+
+
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, of whole ones and of those that are shared out."""
     shared = [gradient for gradient in gradients if is_sharded(gradient)]
