@@ -143,3 +143,9 @@ def test_what_is_not_text_is_named():
         Tokenizer().encode([b"bytes"])
     with pytest.raises(ConfigError):
         Tokenizer(2)
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "folder"])
+def test_a_tokenizer_that_cannot_be_had_is_told_in_a_sentence(name, tmp_path):
+    with pytest.raises(DataError, match="The model's tokenizer cannot be had"):
+        tokenizer.for_model({"hf_tokenizer_name": str(tmp_path) if name == "folder" else name}, 16)

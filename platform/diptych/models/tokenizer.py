@@ -128,7 +128,7 @@ class ForeignTokenizer:
 
 
 def for_model(text_cfg: Mapping[str, Any], context_length: int) -> Tokenizer | ForeignTokenizer:
-    """The tokenizer that an open_clip text configuration asks for."""
+    """The tokenizer that an open_clip text configuration asks for. Raises DataError for one of a hub that cannot be had."""
     name, options = text_cfg.get("hf_tokenizer_name"), text_cfg.get("tokenizer_kwargs", {})
     if not name and not options:
         return Tokenizer(context_length)
@@ -137,7 +137,12 @@ def for_model(text_cfg: Mapping[str, Any], context_length: int) -> Tokenizer | F
     if not name:
         return ForeignTokenizer(SimpleTokenizer(context_length=context_length, **options))
     mode = text_cfg.get("tokenizer_mode")
-    tokenizer = HFTokenizer(name, context_length=context_length, tokenizer_mode=mode, **options)
+    try:
+        tokenizer = HFTokenizer(name, context_length=context_length, tokenizer_mode=mode, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError.at("The model's tokenizer cannot be had", "text_cfg.hf_tokenizer_name", f"{name} <{reason}>",
+                           "a reachable hub, its local cache, or a folder with tokenizer.json") from error  # fmt: skip
     return ForeignTokenizer(tokenizer, None if mode else tokenizer.tokenizer.pad_token_id)
 
 
