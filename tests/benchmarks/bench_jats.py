@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_jats.py [--python PYTHON]
 
 Both sides open gzipped tars and give picture file, id, label and caption of every figure: the peer by unpacking to disk and parsing there,
-as the pipeline does, ours in memory. The peer runs in a process of its own; `--python` names an interpreter that has pubmed_parser, where
-this one has not. The second line is the whole of ingest: pictures decoded, hashed and packed.
+as the pipeline does, ours in memory. The peer runs in a process and an environment of its own: that of `--python`, or one that is made on
+first use in a cache folder ($DIPTYCH_BENCH_CACHE, else ~/.cache/diptych-bench). The second line is the whole of ingest: pictures decoded, hashed and packed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import sys
 import tarfile
 import tempfile
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
 ARTICLES, FIGURES, PARAGRAPHS, ROUNDS, TARGET = 120, 6, 110, 3, 1.3
+PEER = "pubmed_parser==0.5.1"
 
 Figures = dict[str, list[list[str]]]
 
@@ -105,7 +107,7 @@ def ingest_s(folder: Path) -> float:
 
 def beside(python: str, folder: Path) -> tuple[float, Figures]:
     """CPU seconds and figures of the peer, in its own process."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} if python != sys.executable else None
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python, __file__, "--peer", str(folder)], check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"the peer did not run (pubmed_parser is needed, see --python):\n{done.stderr[-500:]}")
@@ -113,10 +115,20 @@ def beside(python: str, folder: Path) -> tuple[float, Figures]:
     return float(seconds), figures
 
 
+def own_python() -> str:
+    """An interpreter that has the peer; installs it on first use."""
+    cache = Path(os.environ.get("DIPTYCH_BENCH_CACHE", Path.home() / ".cache" / "diptych-bench"))
+    python = cache / PEER / "bin" / "python"
+    if not python.is_file():
+        venv.create(cache / PEER, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", PEER], check=True)
+    return str(python)
+
+
 def main() -> None:
     """Prints two lines; fails if the two sides find different figures."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--python", help="an interpreter that has pubmed_parser")
     parser.add_argument("--peer")
     options = parser.parse_args()
     if options.peer:
@@ -125,7 +137,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         build(folder)
-        theirs_s, theirs = beside(options.python, folder)
+        theirs_s, theirs = beside(options.python or own_python(), folder)
         mine_s, mine = best_s(ours, folder), ours(folder)
         assert tidy(mine) == tidy(theirs), "the two sides found different figures"
         whole_s = ingest_s(folder)

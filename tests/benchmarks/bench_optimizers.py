@@ -182,7 +182,7 @@ class Bench:
     def compare(self) -> None:
         """Checks that ours and the plain loop came to the same weights."""
         for ours, plain, start in zip(self.weights["ours"], self.weights["loop"], self.initial, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
             assert not torch.equal(ours, start)
 
 
