@@ -29,7 +29,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Curvature
-from diptych.optimizers.low_rank import dense_gradient
+from diptych.optimizers.checks import dense_gradient
 
 # ---------------------------------------------------------------- statistics
 

@@ -27,8 +27,9 @@ from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Curvature
 from diptych.optimizers.adamw import Beta
+from diptych.optimizers.checks import dense_gradient
 from diptych.optimizers.linears import is_adaptable, is_bare, maps_in, named, split
-from diptych.optimizers.low_rank import State, adam_, dense_gradient
+from diptych.optimizers.low_rank import State, adam_
 from diptych.optimizers.rank_budget import FACTORS, RankAllocator, Schedule, Triplets
 
 AdapterFormat = Literal["none", "peft", "peft-0.21"]

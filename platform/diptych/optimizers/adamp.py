@@ -23,16 +23,10 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from diptych.core.config import Config as BaseConfig
-from diptych.core.errors import ConfigError
 from diptych.core.points import Curvature
 from diptych.optimizers.adamw import Beta
+from diptych.optimizers.checks import dense_gradient, refuse_hyperparameters
 from diptych.optimizers.projection import View, Workspace, inspect, matrix, radial
-
-RANGES = (
-    *((name, 0.0, math.inf) for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio", "dampening")),
-    *((name, 0.0, 1.0) for name in ("betas", "momentum")),
-)
-"""What hyperparameters may be: name, least value, first value beyond."""
 
 
 @dataclass
@@ -59,10 +53,6 @@ class _Slot:
         return None if self.norm is None else radial(self.weight, update, self.norm, self.view, eps=eps, workspace=workspace)
 
 
-def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
 class _Projecting(Optimizer):
     """What AdamP and SGDP share: who is projected. Subclasses make the step.
 
@@ -73,9 +63,7 @@ class _Projecting(Optimizer):
     views: dict[Tensor, View]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        for name, least, beyond in RANGES:
-            if name in defaults and not all(least <= value < beyond for value in _numbers(defaults[name])):
-                raise ConfigError.at(f"{type(self).__name__} cannot run", name, defaults[name], f"{least} <= {name} < {beyond}")
+        refuse_hyperparameters(self, defaults)
         super().__init__(params, defaults)
         self.views = {}
 
@@ -111,13 +99,8 @@ class _Projecting(Optimizer):
         return loss
 
     def _slot(self, parameter: Tensor) -> _Slot:
-        grad = parameter.grad
-        assert grad is not None
-        if grad.layout != torch.strided or not grad.is_floating_point():
-            name, got = type(self).__name__, f"{grad.layout}, {grad.dtype}, shape {tuple(grad.shape)}"
-            raise ConfigError.at(f"{name} needs dense real gradients", "gradient", got, "torch.strided, floating", "use sparse=False")
         # Kernels below walk weight, gradient and moments in one order, which only contiguous tensors share for certain.
-        return _Slot(parameter, parameter.contiguous(), grad.contiguous(), self.state[parameter])
+        return _Slot(parameter, parameter.contiguous(), dense_gradient(parameter, self), self.state[parameter])
 
     @abstractmethod
     def _update(self, group: dict[str, Any], slots: list[_Slot], workspace: Workspace) -> None:

@@ -6,7 +6,6 @@ list streams through memory once an operation; cut into lots of a megabyte, it s
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -18,18 +17,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from diptych.core.errors import ConfigError
 from diptych.core.points import Curvature
+from diptych.optimizers.checks import refuse_gradient, refuse_hyperparameters
 
 LOT_ELEMENTS = 1 << 18
 """Elements a lot on a processor: six float32 columns of it are 6 MiB."""
-
-RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("lr", "eps", "weight_decay", "rho"), (0.0, math.inf)),
-    "betas": (0.0, 1.0),
-    "every": (1, math.inf),
-    "delay": (0, math.inf),
-    "hessian_power": (0.0, 1.0 + 1e-12),
-}
-"""What hyperparameters may be: least value, first value beyond."""
 
 
 class Elementwise(Optimizer):
@@ -44,10 +35,7 @@ class Elementwise(Optimizer):
     """State tensors of a parameter's shape, zero at first, in the order in which `_update` takes them."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        for name in RANGES.keys() & defaults.keys():
-            least, beyond = RANGES[name]
-            if not all(least <= float(value) < beyond for value in _numbers(defaults[name])):
-                raise ConfigError.at(f"{type(self).__name__} cannot run", name, defaults[name], f"{least} <= {name} < {beyond}")
+        refuse_hyperparameters(self, defaults)
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -74,11 +62,7 @@ class Elementwise(Optimizer):
     def _check(self, parameters: Sequence[Tensor]) -> None:
         """Raises ConfigError for what cannot be stepped."""
         for p in parameters:
-            grad = p.grad
-            if grad is not None and (grad.layout != torch.strided or not grad.is_floating_point()):
-                got = f"{grad.layout}, {grad.dtype}, shape {tuple(grad.shape)}"
-                headline = f"{type(self).__name__} needs dense real gradients"
-                raise ConfigError.at(headline, "gradient", got, "torch.strided, floating", "use sparse=False")
+            refuse_gradient(p, self)
 
     def _state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -209,7 +193,3 @@ def _beside(parameters: Sequence[Tensor], scalars: Sequence[Any]) -> Sequence[An
     if torch.compiler.is_compiling():  # stacked, they are made once; else the formula of each is repeated for every element
         scalars = torch.stack(list(scalars)).unbind()
     return [scalar.to(torch.promote_types(p.dtype, torch.float32)) for p, scalar in zip(parameters, scalars, strict=True)]
-
-
-def _numbers(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else (value,)

@@ -27,8 +27,9 @@ from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import ConfigError
 from diptych.core.points import Curvature
 from diptych.optimizers.adamw import Beta
+from diptych.optimizers.checks import dense_gradient
 from diptych.optimizers.linears import maps_in, named, split
-from diptych.optimizers.low_rank import LowRankAdamW, Matrix, ProjectingOptimizer, Projection, State, adam_, dense_gradient, step_low_rank
+from diptych.optimizers.low_rank import LowRankAdamW, Matrix, ProjectingOptimizer, Projection, State, adam_, step_low_rank
 from diptych.optimizers.projection import Workspace, row_dots
 
 

@@ -19,17 +19,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from diptych.core.errors import ConfigError, DataError
+from diptych.core.errors import DataError
+from diptych.optimizers.checks import dense_gradient, refuse_hyperparameters
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 State = dict[str, Any]
 
-RANGES = (
-    *((name, 0.0, math.inf) for name in ("lr", "eps", "weight_decay")),
-    ("betas", 0.0, 1.0),
-    *((name, 1, math.inf) for name in ("rank", "update_proj_gap")),
-)
-"""What hyperparameters may be: name, least value, first value beyond."""
 CORRECTED = 1e9
 """A count of steps after which bias correction has nothing left to correct."""
 
@@ -127,16 +122,6 @@ def adam_(
         )
 
 
-def dense_gradient(parameter: Tensor, owner: object) -> Tensor:
-    """A parameter's gradient, contiguous; ConfigError if it is sparse or not real floating."""
-    grad = parameter.grad
-    assert grad is not None
-    if grad.layout != torch.strided or not grad.is_floating_point():
-        name, got = type(owner).__name__, f"{grad.layout}, {grad.dtype}, shape {tuple(grad.shape)}"
-        raise ConfigError.at(f"{name} needs dense real gradients", "gradient", got, "torch.strided, floating", "use sparse=False")
-    return grad.contiguous()
-
-
 class ProjectingOptimizer(Optimizer):
     """What optimizers with low-rank gradients share: checks, the closure, and when a basis is made anew.
 
@@ -150,11 +135,7 @@ class ProjectingOptimizer(Optimizer):
             self._refuse(group)
 
     def _refuse(self, group: State) -> None:
-        for name, least, beyond in RANGES:
-            values = group.get(name)
-            several = values if isinstance(values, list | tuple) else (() if values is None else (values,))
-            if not all(least <= value < beyond for value in several):
-                raise ConfigError.at(f"{type(self).__name__} cannot run", name, values, f"{least} <= {name} < {beyond}")
+        refuse_hyperparameters(self, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
