@@ -18,7 +18,6 @@ from diptych.evaluate.quality_captions import (
     dense_labels,
     fit_classes,
     mean_iou,
-    resized_positions,
     standardised,
 )
 from diptych.models import clip
@@ -76,17 +75,6 @@ def test_the_map_runs_row_by_row_without_the_class_token(model: clip.DualEncoder
 
 def test_a_resnet_has_a_map_too() -> None:
     assert dense_features(clip.create("rn-nano-64", 0), np.zeros((1, 3, 64, 64), np.uint8)).shape[1:3] == (2, 2)
-
-
-def test_positions_stay_at_their_size_and_keep_their_order_at_another() -> None:
-    table = torch.cat([torch.full((1, 1), 9.0), torch.arange(4.0).repeat_interleave(4)[:, None]])
-    assert resized_positions(table, 4) is table
-    larger = resized_positions(table, 8)
-    assert larger.shape == (65, 1)
-    assert larger[0] == 9
-    grid = larger[1:].view(8, 8)
-    assert (grid[1:] >= grid[:-1] - 1e-4).all(), "rows stay rows"
-    torch.testing.assert_close(grid, grid[:, :1].expand(8, 8))
 
 
 def test_another_size_gives_a_finer_map_and_leaves_the_model_alone(model: clip.DualEncoder) -> None:

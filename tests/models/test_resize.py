@@ -50,3 +50,14 @@ def test_its_own_size_takes_the_plain_way() -> None:
 def test_a_size_that_cuts_patches_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match="does not divide into patches"):
         clip.create("vit-micro-40", 0).check_image_size(size)
+
+
+def test_positions_stay_at_their_size_and_keep_their_order_at_another() -> None:
+    table = torch.cat([torch.full((1, 1), 9.0), torch.arange(4.0).repeat_interleave(4)[:, None]])
+    assert interpolated(table, (4, 4)) is table
+    larger = interpolated(table, (8, 8))
+    assert larger.shape == (65, 1)
+    assert larger[0] == 9
+    grid = larger[1:].view(8, 8)
+    assert (grid[1:] >= grid[:-1] - 1e-4).all(), "rows stay rows"
+    torch.testing.assert_close(grid, grid[:, :1].expand(8, 8))

@@ -71,35 +71,16 @@ def dense_features(model: DualEncoder, image_NCHW: NDArray[np.uint8], batch_size
     """
     import torch
 
-    from diptych.models import preprocess
+    from diptych.models.maps import image_map
 
-    tower: Any = model.clip.visual
-    if not hasattr(tower, "forward_intermediates"):
-        raise DataError.at("The image tower gives no feature map", "model", type(tower).__name__, "a ViT or ResNet of open_clip")
     maps, home, was_training = [], model.mean.device, model.training
     model.eval()
     with torch.inference_mode():
         for at in range(0, len(image_NCHW), batch_size):
-            batch = preprocess.normalize(torch.from_numpy(image_NCHW[at : at + batch_size]).to(home), model.mean, model.std)
-            (map_NDhw,) = tower.forward_intermediates(batch, indices=1, intermediates_only=True)["image_intermediates"]
+            map_NDhw, _ = image_map(model, torch.from_numpy(image_NCHW[at : at + batch_size]).to(home))
             maps.append(torch.nn.functional.normalize(map_NDhw.float(), dim=1).permute(0, 2, 3, 1).cpu().numpy())
     model.train(was_training)
     return np.concatenate(maps)
-
-
-def resized_positions(position_LD: torch.Tensor, grid: int) -> torch.Tensor:
-    """A ViT's position table `[1 + g * g, D]` for a grid of another side: the class token's row stays, the others are resized bicubically.
-
-    Rows of the table run row by row over the grid. The same side gives the same table, to the bit.
-    """
-    import torch
-
-    old = int((len(position_LD) - 1) ** 0.5)
-    if old == grid:
-        return position_LD
-    grid_1Dgg = position_LD[1:].T.reshape(1, -1, old, old)
-    new_1Dgg = torch.nn.functional.interpolate(grid_1Dgg, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([position_LD[:1], new_1Dgg[0].flatten(1).T])
 
 
 def by_place(label_NG: NDArray[Any], height: int, width: int) -> NDArray[Any]:
@@ -248,6 +229,8 @@ class DenseProbe:
 
         import torch
 
+        from diptych.models.resize import interpolated
+
         size = self.config.size_px
         if size is None or size == model.image_size:
             return dense_features(model, image_NCHW)
@@ -257,7 +240,8 @@ class DenseProbe:
         larger = copy.copy(model)  # its modules are shared; only the visual tower is replaced
         larger._modules = {**model._modules, "clip": copy.copy(model.clip)}
         larger.clip._modules = {**model.clip._modules, "visual": copy.deepcopy(tower)}
-        positions = resized_positions(tower.positional_embedding.detach(), size // tower.patch_size[0])
+        grid = size // tower.patch_size[0]
+        positions = interpolated(tower.positional_embedding.detach(), (grid, grid))
         larger.clip.visual.positional_embedding = torch.nn.Parameter(positions, requires_grad=False)
         resized = torch.nn.functional.interpolate(torch.from_numpy(image_NCHW), (size, size), mode="bicubic", antialias=True)
         return dense_features(larger, resized.numpy())
