@@ -30,9 +30,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda-2:4": {"method": "wanda", "pattern": "2:4"},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
     "flap": {"method": "flap", "ratio": 0.5},
+    "dimap": {"method": "dimap", "ratio": 0.5},
+    "rd-prune": {"method": "rd-prune", "sparsity": 0.5, "levels": 4},
+    "ap": {"method": "ap", "percent": 29.29, "ap_percent": 2.9, "rounds": 2, "steps": 2, "calibration_batch": 16},
     "perp-reconstruct": {"method": "perp", "mode": "reconstruct", "sparsity": 0.5, "steps": 4, "rank": 4},
 }
 MEMORY_TARGET, SPEED_TARGET = 2.0, 1.3
+TRAINING = {"ap": 5.0, "perp-reconstruct": 5.0}
+"""Methods that train on the way, and their targets: the model, its gradients, two moments and what is kept to rewind to."""
+FEWER = {"rd-prune": 16}
+"""Pairs of a method that passes over them once a matrix and level."""
+UNEVEN = ("dimap", "rd-prune", "ap")
+"""Methods that share the budget out over the matrices."""
 PAIRS, BATCH, SPEED_BATCH = 64, 16, 64
 
 
@@ -85,8 +94,11 @@ def check(plain: dict[str, Any], model: clip.DualEncoder, report: dict[str, Any]
         assert all(abs(share - 0.5) < 0.02 for share in report["kept_share"].values()), report["kept_share"]
     else:
         shares = [share for share in report["matrices"].values() if share > 0]
-        assert len(shares) >= 96
-        assert all(abs(share - 0.5) < 0.01 for share in shares), (plain, shares)
+        if plain["method"] in UNEVEN:
+            assert 0.4 < report["overall"] < 0.51, report["overall"]
+        else:
+            assert len(shares) >= 96
+            assert all(abs(share - 0.5) < 0.01 for share in shares), (plain, shares)
     with torch.no_grad():
         assert torch.isfinite(model.encode_image(torch.zeros(1, 3, 224, 224))).all()
 
@@ -113,12 +125,13 @@ def main() -> None:
         print(json.dumps(one(options.inside, options.pairs, options.batch)))
         return
     for name in options.only:
-        command = [sys.executable, __file__, "--inside", name, "--pairs", str(options.pairs), "--batch", str(options.batch)]
+        pairs = min(options.pairs, FEWER.get(name, options.pairs))
+        command = [sys.executable, __file__, "--inside", name, "--pairs", str(pairs), "--batch", str(options.batch)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         peak, size = found["peak_mb"], found["model_mb"]
         print(
-            f"BENCH prune-{name}: ours {peak:.0f} MB, peer {size:.0f} MB, ratio {peak / size:.2f}, target <= {MEMORY_TARGET:g}"
-            f" ({found['cpu_s']:.1f} CPU s, {found['wall_s']:.1f} s wall; {options.pairs} pairs)",
+            f"BENCH prune-{name}: ours {peak:.0f} MB, peer {size:.0f} MB, ratio {peak / size:.2f}, target <= {TRAINING.get(name, MEMORY_TARGET):g}"
+            f" ({found['cpu_s']:.1f} CPU s, {found['wall_s']:.1f} s wall; {pairs} pairs)",
             flush=True,
         )
         if "cut_ms" in found:

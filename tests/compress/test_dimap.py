@@ -34,6 +34,20 @@ def test_scores_of_a_big_layer_stay_exact_at_the_top() -> None:
     assert bool((score[order].diff() >= 0).all())
 
 
+def test_a_threshold_is_the_kth_smallest_of_all_layers_wherever_they_lie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scored = {str(size): torch.rand(size, generator=generator, dtype=torch.float64) ** 9 for size in (1, 7, 400, 33)}
+    scored["zeros"] = torch.zeros(5, dtype=torch.float64)
+    scored["narrow"] = 0.5 + torch.rand(300, generator=generator, dtype=torch.float64) / 1e6
+    together = torch.cat(list(scored.values()))
+    made: list[str] = []
+    for count in (1, 5, 6, 300, 500, len(together)):
+        assert lamp.threshold(scored, count) == float(together.kthvalue(count).values)
+    lamp.threshold_of(lambda name: made.append(name) or scored[name], list(scored), 9)
+    assert made == [*scored, *scored], "no more than a layer at a time"
+    assert lamp.threshold(scored, 0) == -torch.inf
+
+
 @pytest.mark.parametrize(
     ("name", "module"),
     [

@@ -98,6 +98,9 @@ def module_of(name: str) -> Module:
 
 def masks(weights: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """Masks, True stays, of the weights that share a threshold: the `round(ratio * n)` smallest scores go, and all that equal the largest of them."""
-    scored = {name: lamp.scores(weight) for name, weight in weights.items()}
-    limit = lamp.threshold(scored, round(ratio * sum(score.numel() for score in scored.values())))
-    return {name: score > limit for name, score in scored.items()}
+
+    def score(name: str) -> Tensor:
+        return lamp.scores(weights[name])  # made anew: the scores of all layers are twice the model
+
+    limit = lamp.threshold_of(score, list(weights), round(ratio * sum(weight.numel() for weight in weights.values())))
+    return {name: score(name) > limit for name in weights}
