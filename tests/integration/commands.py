@@ -21,6 +21,8 @@ from diptych.pairs.dataset import PairDataset
 
 MARK = "DIPTYCH_TEST_MARK"
 GONE_S = 30.0  # ten seconds are promised on an idle machine; a test that shares its cores allows for the load
+ORPHANED_S = 30.0
+"""After `kill -9` of the driver nobody tells the others: Ray\'s agents look every few seconds whether their parent is alive."""
 """No process of a run may outlive it by more than this."""
 PATIENCE_S = 280.0
 """How long a test waits for what must happen: generous, for a machine that is busy with other things."""
@@ -90,7 +92,7 @@ class Command:
         """`kill -9` of the driver alone; everything else must go by itself."""
         self.process.kill()
         self.process.wait()
-        self.leaves_nobody()
+        self.leaves_nobody(ORPHANED_S)
 
     def stop(self, how: signal.Signals) -> None:
         """Ctrl-C, which a terminal sends to the whole group, or SIGTERM to the driver; it must end cleanly within ten seconds."""
@@ -105,9 +107,9 @@ class Command:
         assert "stopped cleanly; the same command continues from here" in self.text, self.text
         self.leaves_nobody()
 
-    def leaves_nobody(self) -> None:
-        """No process that the command started is left after ten seconds."""
-        deadline = time.monotonic() + GONE_S
+    def leaves_nobody(self, within_s: float = GONE_S) -> None:
+        """No process that the command started is left after so many seconds."""
+        deadline = time.monotonic() + within_s
         while family := self.family():
             assert time.monotonic() < deadline, [" ".join(process.cmdline()) for process in family]
             time.sleep(0.1)
