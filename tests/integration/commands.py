@@ -21,9 +21,9 @@ from diptych.pairs.dataset import PairDataset
 
 MARK = "DIPTYCH_TEST_MARK"
 GONE_S = 30.0  # ten seconds are promised on an idle machine; a test that shares its cores allows for the load
-ORPHANED_S = 30.0
-"""After `kill -9` of the driver nobody tells the others: Ray\'s agents look every few seconds whether their parent is alive."""
 """No process of a run may outlive it by more than this."""
+ORPHANED_S = 90.0
+"""The same after `kill -9` of the driver, when nobody tells the others: Ray's agents find out by themselves."""
 PATIENCE_S = 280.0
 """How long a test waits for what must happen: generous, for a machine that is busy with other things."""
 
