@@ -27,10 +27,8 @@ def at_token(transformer: Any, x_NLD: Tensor, place_N: Tensor, mask_LL: Tensor |
         place_N: int64, the token that is read, in [0, L).
         mask_LL: added to the logits of attention; row l is what token l may look at.
     """
-    row_N = torch.arange(len(x_NLD), device=x_NLD.device)
     if not can_be_cut(transformer):
-        whole_ND: Tensor = transformer(x_NLD, attn_mask=mask_LL)[row_N, place_N]
-        return whole_ND
+        return _at(transformer(x_NLD, attn_mask=mask_LL), place_N)
     *earlier, last = transformer.resblocks
     for block in earlier:
         if transformer.grad_checkpointing:
@@ -86,11 +84,15 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _last(block: Any, x_NLD: Tensor, place_N: Tensor, mask_NL: Tensor | None) -> Tensor:
     """The block for one token of each sequence, `[N, D]`. `mask_NL`: what that token may look at."""
-    x_N1D = x_NLD[torch.arange(len(x_NLD), device=x_NLD.device), place_N][:, None]
     seen_NLD = block.ln_1(x_NLD)
-    asking_N1D = seen_NLD[torch.arange(len(x_NLD), device=x_NLD.device), place_N][:, None]
+    x_N1D, asking_N1D = _at(x_NLD, place_N)[:, None], _at(seen_NLD, place_N)[:, None]
     mask = None if mask_NL is None else mask_NL.repeat_interleave(block.attn.num_heads, dim=0)[:, None]  # [N * H, 1, L]
     mixed_N1D, _ = block.attn(asking_N1D, seen_NLD, seen_NLD, need_weights=False, attn_mask=mask)
     x_N1D = x_N1D + block.ls_1(mixed_N1D)
     read_N1D: Tensor = x_N1D + block.ls_2(block.mlp(block.ln_2(x_N1D)))
     return read_N1D[:, 0]
+
+
+def _at(x_NLD: Tensor, place_N: Tensor) -> Tensor:
+    """One token of each sequence, `[N, D]`."""
+    return x_NLD[torch.arange(len(x_NLD), device=x_NLD.device), place_N]

@@ -191,10 +191,11 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
     probes: list[tuple[int, float]] = []
     memory: list[int] = []
     try:
-        first = PROBE_ROWS[0]
-        _timed_pass(phase, store, _few(dataset, folder / "few", first), folder / "first")
         while (count := _next_probe(rows, probes)) is not None:
-            probes.append(_timed_pass(phase, store, _few(dataset, folder / f"few-{count}", count), folder / str(count)))
+            sample = _few(dataset, folder / f"few-{count}", count)
+            if not probes:
+                _timed_pass(phase, store, sample, folder / "first")
+            probes.append(_timed_pass(phase, store, sample, folder / str(count)))
             memory.append(_memory_bytes())
     except DiptychError:
         return Cost(rows=rows)  # a method that cannot work on so few pairs tells nothing about many
