@@ -66,7 +66,7 @@ def _explainable(model: DualEncoder) -> Any:
     """The text tower, if its attention can be written out."""
     tower = getattr(model.clip, "text", model.clip)
     fault = ""
-    if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None or _pool(tower)[0] not in ("argmax", "eos"):
+    if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None or _pool(tower) not in ("argmax", "eos"):
         fault = f"{type(tower).__name__} does not end in a causal end token"
     elif odd := {type(block.attn).__name__ for block in tower.transformer.resblocks if type(block.attn) is not torch.nn.MultiheadAttention}:
         fault = f"attention of the kind {sorted(odd)}"
@@ -91,19 +91,13 @@ def _explicit(block: Any, x_NLD: torch.Tensor, mask_LL: torch.Tensor) -> tuple[t
 
 def _pooled(tower: Any, x_NLD: torch.Tensor, text_NL: torch.Tensor) -> torch.Tensor:
     """The end token's feature in the joint space, not normalised."""
-    from open_clip.transformer import text_global_pool
+    from diptych.models.clip import end_of, projected
 
-    pool, eos_id = _pool(tower)
-    x_ND: torch.Tensor = tower.ln_final(text_global_pool(x_NLD, text_NL, pool, eos_token_id=eos_id))
-    projection = tower.text_projection
-    if projection is None:
-        return x_ND
-    projected: torch.Tensor = projection(x_ND) if isinstance(projection, torch.nn.Module) else x_ND @ projection
-    return projected
+    row_N = torch.arange(len(x_NLD), device=x_NLD.device)
+    return projected(tower, x_NLD[row_N, end_of(tower, text_NL)])
 
 
-def _pool(tower: Any) -> tuple[str, int | None]:
-    """How the tower picks a caption's token, and the id that it looks for; `CLIP` and `TextTransformer` call these differently."""
+def _pool(tower: Any) -> str:
+    """How the tower picks a caption's token; `CLIP` and `TextTransformer` call it differently."""
     pool: str = getattr(tower, "text_pool_type", "") or getattr(tower, "pool_type", "")
-    eos_id: int | None = getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)
-    return pool, eos_id
+    return pool

@@ -285,9 +285,12 @@ def _encode_cut(tower: Any, text_NL: torch.Tensor) -> torch.Tensor:
     """
     length, dtype = text_NL.shape[1], tower.transformer.get_cast_dtype()
     x_NLD = tower.token_embedding(text_NL).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x_ND: torch.Tensor = tower.ln_final(
-        readout.at_token(tower.transformer, x_NLD, end_of(tower, text_NL), tower.attn_mask[:length, :length])
-    )
+    return projected(tower, readout.at_token(tower.transformer, x_NLD, end_of(tower, text_NL), tower.attn_mask[:length, :length]))
+
+
+def projected(tower: Any, x_ND: torch.Tensor) -> torch.Tensor:
+    """The feature `[N, D]` of a text tower's last token, not normalised: behind the last norm, in the shared space."""
+    x_ND = tower.ln_final(x_ND)
     projection = tower.text_projection
     if projection is None:
         return x_ND
