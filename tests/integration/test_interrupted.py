@@ -84,11 +84,11 @@ def test_passes_that_are_stopped_in_three_ways_give_the_uninterrupted_pairs(fres
     assert commands.parent_statuses(project) == ["KILLED"]
 
     command = diptych(project, "run", "pool", "--until", "caption")
-    command.until(lambda: commands.pieces(project, "features-*.parquet"), "the first table of features").kill()
+    command.until(lambda: commands.pieces(project, "features-*.arrow"), "the first table of features").kill()
     assert not (runs / "prune").exists()
-    finished = commands.pieces(project, "features-*.parquet")
+    finished = commands.pieces(project, "features-*.arrow")
     command = diptych(project, "run", "pool", "--until", "caption")
-    command.until(lambda: commands.pieces(project, "decided-*.parquet"), "the first verdict").stop(signal.SIGTERM)
+    command.until(lambda: commands.pieces(project, "decided-*.arrow"), "the first verdict").stop(signal.SIGTERM)
     assert finished
     assert "prune continues from" in command.text
     assert not (runs / "prune").exists()

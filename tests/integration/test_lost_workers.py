@@ -31,7 +31,7 @@ def kill_one(command: Command, name: str, ready: object) -> None:
 def test_a_run_that_loses_workers_of_ray_data_and_ray_train_goes_on_by_itself(fresh: Path, diptych: Diptych, expected: Results) -> None:
     project = fresh
     command = diptych(project, "run", "pool")
-    kill_one(command, "ray::MapBatches", lambda: commands.pieces(project, "features-*.parquet"))
+    kill_one(command, "ray::MapBatches", lambda: commands.pieces(project, "features-*.arrow"))
     assert not (project / "runs/pool/prune").exists(), "it was in the middle of the pass"
     kill_one(command, "ray::RayTrainWorker", lambda: commands.steps_logged(project) > 35)
     assert not (project / "runs/pool/train").exists(), "it was in the middle of training"

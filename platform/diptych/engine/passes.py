@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from diptych.core import digest
 from diptych.core.config import Config
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import Fold, PairMethod, Verdict
-from diptych.engine import features
+from diptych.engine import features, mapped
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
 from diptych.pairs.dataset import PairDataset, with_twin
@@ -62,6 +62,10 @@ class Place:
     def text_column(self) -> str:
         """The scratch column that carries the features of first captions by the same model."""
         return f"{self.column}:text"
+
+    def piece(self, kind: str, index: int) -> Path:
+        """Where a finished piece lies."""
+        return self.scratch / f"{kind}-{index:05d}{mapped.SUFFIX}"
 
     def build(self) -> PairMethod:
         """The method itself, built in the process that runs it."""
@@ -139,18 +143,18 @@ def count(configs: Sequence[Config], seed: int) -> int:
 
 
 def _assemble(source: PairDataset, tables: Sequence[Path], work: Path, methods: int, record: PhaseRecord, out: Path) -> PairDataset:
-    rejects = sorted(work.glob("*/left-*.parquet"), key=lambda path: (path.name, path.parent.name)) if methods else []
+    rejects = sorted(work.glob(f"*/left-*{mapped.SUFFIX}"), key=lambda path: (path.name, path.parent.name)) if methods else []
     by_table: dict[str, list[Path]] = {}
     for path in rejects:
         by_table.setdefault(path.stem.removeprefix("left-"), []).append(path)
     with DatasetWriter(out, record, [source.digest], source.manifest.shards, pairs_in=len(source), shards_root=source.root) as writer:
         for index, table in enumerate(tables):
-            frame = _with_held_out(pl.read_parquet(table), source.tables()[index]) if methods else pl.read_parquet(table)
+            frame = _with_held_out(mapped.read(table), source.tables()[index]) if methods else mapped.read(table)
             if PAINTED in frame.columns:
                 frame, shards = _packed(frame, writer.shards_folder, f"{record.phase}-{index:05d}")
                 writer.add_shards(shards)
             kept = frame.drop([name for name in frame.columns if name.startswith(("_", FEATURE))])
-            left = [pl.read_parquet(path) for path in by_table.get(f"{index:05d}", [])]
+            left = [mapped.read(path) for path in by_table.get(f"{index:05d}", [])]
             writer.add(kept, pl.concat(left) if left else None)
         return writer.finish()
 
@@ -184,7 +188,7 @@ class _TrainRows:
         splits = pl.scan_parquet(table).select(pl.col("split").eq("train").all()).collect().item()
         if splits:
             return table
-        return _write(pl.read_parquet(table).filter(pl.col("split") == "train"), self.work / f"train-{index:05d}.parquet")
+        return mapped.write(mapped.read(table).filter(pl.col("split") == "train"), self.work / f"train-{index:05d}{mapped.SUFFIX}")
 
 
 @dataclass
@@ -209,7 +213,7 @@ class Stage:
         state: Any = None
         for number, fold in enumerate(method.folds()):
             state = self._fold(number, fold, state)
-        first = pl.read_parquet(self.tables[0], n_rows=1) if self.tables else None
+        first = mapped.read(self.tables[0]).head(1) if self.tables else None
         grouped = first is not None and method.group(_batch(place, first, method), state) is not None
         tables = self._grouped(state) if grouped else self._each(_Apply(place, state), self.tables, "deciding")
         return tables, {**method.report(state), **_tally(method, tables)}
@@ -234,11 +238,15 @@ class Stage:
         return fold.finish(merged, state) if items else state
 
     def _grouped(self, state: Any) -> list[Path]:
-        size_bytes = sum(_memory_bytes(path) for path in self.tables)
-        buckets = max(1, -(-size_bytes // BUCKET_BYTES))
-        self._each(_Route(self.place, state, buckets), self.tables, "routing")
-        list(self.session.map(_Decide(self.place, state, len(self.tables)), range(buckets)))
-        return self._each(_Return(self.place, buckets), self.tables, "deciding")
+        place, buckets = self.place, max(1, -(-sum(map(mapped.size_bytes, self.tables)) // BUCKET_BYTES))
+        kept = [place.piece("kept", index) for index in range(len(self.tables))]
+        if not all(path.exists() for path in kept):
+            self._each(_Route(place, state, buckets), self.tables, "routing")
+            list(self.session.map(_Decide(place, state, len(self.tables)), range(buckets)))
+            self._each(_Return(place, buckets), self.tables, "deciding")
+        for shuffled in ("route", "decided-kept", "decided-left"):
+            mapped.remove(sorted(place.scratch.glob(f"{shuffled}-*{mapped.SUFFIX}")))
+        return kept
 
 
 def _tally(method: PairMethod, tables: Sequence[Path]) -> dict[str, int]:
@@ -247,15 +255,8 @@ def _tally(method: PairMethod, tables: Sequence[Path]) -> dict[str, int]:
         return {}
     total: Counter[str] = Counter()
     for table in tables:
-        total.update(method.tally(pl.scan_parquet(table)))
+        total.update(method.tally(mapped.read(table).lazy()))
     return dict(sorted(total.items()))
-
-
-def _memory_bytes(path: Path) -> int:
-    schema = pl.read_parquet_schema(path)
-    rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-    width = sum(4 * kind.shape[0] for kind in schema.values() if isinstance(kind, pl.Array))
-    return int(rows) * (width + 200)
 
 
 def _batch(place: Place, frame: pl.DataFrame, method: PairMethod) -> pl.DataFrame:
@@ -315,13 +316,6 @@ def _left(place: Place, before: pl.DataFrame, rejected: pl.DataFrame) -> pl.Data
     )
 
 
-def _write(frame: pl.DataFrame, path: Path) -> Path:
-    partial = path.with_suffix(".partial")
-    frame.write_parquet(partial, compression="zstd", statistics=False)
-    partial.replace(path)
-    return path
-
-
 @dataclass(frozen=True)
 class _WithFeatures:
     """Adds a column of features to a table: those of the pictures, or of every pair's first caption."""
@@ -331,15 +325,15 @@ class _WithFeatures:
 
     def __call__(self, item: tuple[int, Path]) -> Path:
         index, table = item
-        frame, column = pl.read_parquet(table), self.place.text_column if self.texts else self.place.column
+        frame, column = mapped.read(table), self.place.text_column if self.texts else self.place.column
         if column in frame.columns:
             return table
-        path = self.place.scratch / f"{'texts' if self.texts else 'features'}-{index:05d}.parquet"
+        path = self.place.piece("texts" if self.texts else "features", index)
         if not path.exists():
             spec = self.place.feature
             assert spec is not None, f"{self.place.method} needs features but names no model"
             values = features.of_captions(spec, frame) if self.texts else features.compute(spec, frame, self.place.reader)
-            _write(frame.with_columns(pl.Series(column, values, dtype=pl.Array(pl.Float32, values.shape[1]))), path)
+            mapped.write(frame.with_columns(pl.Series(column, values, dtype=pl.Array(pl.Float32, values.shape[1]))), path)
         return path
 
 
@@ -358,7 +352,7 @@ class _FoldTask:
             with np.load(path, allow_pickle=False) as stored:
                 return stored["partial"]
         method = self.place.build()
-        part = method.folds()[self.number].map(_batch(self.place, pl.read_parquet(table), method), self.state)
+        part = method.folds()[self.number].map(_batch(self.place, mapped.read(table), method), self.state)
         if isinstance(part, np.ndarray) and part.dtype != object:
             partial = path.with_suffix(".partial.npz")
             np.savez_compressed(partial, partial=part)  # counts are mostly zeros
@@ -375,23 +369,23 @@ class _Apply:
 
     def __call__(self, item: tuple[int, Path]) -> Path:
         index, table = item
-        path = self.place.scratch / f"kept-{index:05d}.parquet"
+        path = self.place.piece("kept", index)
         if path.exists():
             return path
-        frame = pl.read_parquet(table)
+        frame = mapped.read(table)
         method = self.place.build()
         rows = PIXEL_ROWS if "pixels" in method.needs else max(1, frame.height)
         slices = [frame.slice(start, rows) for start in range(0, max(1, frame.height), rows)]
         verdicts = [_decided(self.place, part, method, self.state) for part in slices]
         kept, rejected = pl.concat([_returned(verdict.kept) for verdict in verdicts]), pl.concat([verdict.rejected for verdict in verdicts])
         if rejected.height:
-            _write(_left(self.place, frame, rejected), self.place.scratch / f"left-{index:05d}.parquet")
-        return _write(_restore(self.place, frame, kept), path)
+            mapped.write(_left(self.place, frame, rejected), self.place.piece("left", index))
+        return mapped.write(_restore(self.place, frame, kept), path)
 
 
 @dataclass(frozen=True)
 class _Route:
-    """Sends a table's rows to the buckets of their groups; a group lies whole in one bucket."""
+    """Shares a table's rows out to the buckets of their groups; a group lies whole in one bucket."""
 
     place: Place
     state: Any
@@ -399,47 +393,40 @@ class _Route:
 
     def __call__(self, item: tuple[int, Path]) -> Path:
         index, table = item
-        done = self.place.scratch / f"route-{index:05d}.done"
-        if done.exists():
-            return done
-        frame = pl.read_parquet(table)
+        path = self.place.piece("route", index)
+        if path.exists():
+            return path
+        frame = mapped.read(table)
         method = self.place.build()
-        group = method.group(_batch(self.place, frame, method), self.state)
-        assert group is not None
-        frame = frame.with_columns(group=pl.Series(group, dtype=pl.Int64), _table=pl.lit(index, pl.Int32))
-        for bucket, rows in frame.with_columns(_bucket=pl.col("group") % self.buckets).partition_by("_bucket", as_dict=True).items():
-            _write(rows.drop("_bucket"), self.place.scratch / f"route-{int(bucket[0]):05d}-{index:05d}.parquet")
-        done.touch()
-        return done
+        group_N = method.group(_batch(self.place, frame, method), self.state)
+        assert group_N is not None
+        frame = frame.with_columns(group=pl.Series(group_N, dtype=pl.Int64), _table=pl.lit(index, pl.Int32))
+        return mapped.write_parts(frame, group_N % self.buckets, self.buckets, path)
 
 
 @dataclass(frozen=True)
 class _Decide:
-    """The verdict on a bucket of whole groups, handed back by table."""
+    """The verdict on a bucket of whole groups, shared out to the tables its rows came from."""
 
     place: Place
     state: Any
     tables: int
 
     def __call__(self, bucket: int) -> None:
-        done = self.place.scratch / f"decide-{bucket:05d}.done"
-        if done.exists():
+        # Written last: where it is, the bucket is done.
+        path = self.place.piece("decided-kept", bucket)
+        found = None if path.exists() else mapped.read_part((self.place.piece("route", index) for index in range(self.tables)), bucket)
+        if found is None:
             return
-        # Asked for by name: to list a folder of tables times buckets files, once a bucket, would grow with the cube of the rows.
-        parts = _existing(self.place.scratch / f"route-{bucket:05d}-{index:05d}.parquet" for index in range(self.tables))
-        if parts:
-            frame = pl.concat([pl.read_parquet(path) for path in parts]).sort("group", maintain_order=True)
-            method = self.place.build()
-            verdict = _decided(self.place, frame.drop("_table"), method, self.state)
-            tables = frame.select("key", "_table")
-            drop = [name for name in LENT if name in verdict.kept.columns]
-            self._hand_back(verdict.kept.drop(drop).join(tables, on="key"), "decided-kept", bucket)
-            self._hand_back(_left(self.place, frame, verdict.rejected).join(tables, on="key"), "decided-left", bucket)
-        done.touch()
+        frame = found.sort("group", maintain_order=True)
+        method = self.place.build()
+        verdict = _decided(self.place, frame.drop("_table"), method, self.state)
+        tables = frame.select("key", "_table")
+        self._hand_back(_left(self.place, frame, verdict.rejected).join(tables, on="key"), self.place.piece("decided-left", bucket))
+        self._hand_back(_returned(verdict.kept).join(tables, on="key"), path)
 
-    def _hand_back(self, frame: pl.DataFrame, name: str, bucket: int) -> None:
-        for table, rows in frame.partition_by("_table", as_dict=True).items():
-            _write(rows.drop("_table"), self.place.scratch / f"{name}-{int(table[0]):05d}-{bucket:05d}.parquet")
+    def _hand_back(self, frame: pl.DataFrame, path: Path) -> None:
+        mapped.write_parts(frame.drop("_table"), frame["_table"].cast(pl.Int64).to_numpy(), self.tables, path)
 
 
 @dataclass(frozen=True)
@@ -451,22 +438,16 @@ class _Return:
 
     def __call__(self, item: tuple[int, Path]) -> Path:
         index, table = item
-        path = self.place.scratch / f"kept-{index:05d}.parquet"
+        path = self.place.piece("kept", index)
         if path.exists():
             return path
-        frame = pl.read_parquet(table)
-        kept = [pl.read_parquet(part) for part in self._parts("decided-kept", index)]
-        left = [pl.read_parquet(part) for part in self._parts("decided-left", index)]
-        if left:
+        frame = mapped.read(table)
+        kept, left = self._part("decided-kept", index), self._part("decided-left", index)
+        if left is not None:
             order = frame.select("key").with_row_index("_order")
-            rows = pl.concat(left).join(order, on="key").sort("_order").drop("_order")
-            _write(rows, self.place.scratch / f"left-{index:05d}.parquet")
-        result = _restore(self.place, frame, pl.concat(kept)) if kept else frame.clear()
-        return _write(result, path)
+            mapped.write(left.join(order, on="key").sort("_order").drop("_order"), self.place.piece("left", index))
+        return mapped.write(_restore(self.place, frame, kept) if kept is not None else frame.clear(), path)
 
-    def _parts(self, name: str, index: int) -> list[Path]:
-        return _existing(self.place.scratch / f"{name}-{index:05d}-{bucket:05d}.parquet" for bucket in range(self.buckets))
-
-
-def _existing(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if path.exists()]
+    def _part(self, kind: str, index: int) -> pl.DataFrame | None:
+        paths = (self.place.piece(kind, bucket) for bucket in range(self.buckets))
+        return mapped.read_part((path for path in paths if path.exists()), index)
