@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -9,54 +10,40 @@ import pytest
 import torch
 
 from diptych.core.errors import ConfigError, DataError
-from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, decision_order, features_of, tensor
+from diptych.prune.clusters import ClusterConfig, Clusters, cluster_folds, decision_order, features_of, tensor
 
 
-def fold(seed: int = 0, choose: int = 4, **values: object) -> ClusterFold:
-    return ClusterFold(ClusterConfig.parse(values), seed, lambda rows: choose)
+def found(batches: Sequence[pl.DataFrame], seed: int = 0, choose: int = 4, **values: object) -> Clusters:
+    state = None
+    for fold in cluster_folds(ClusterConfig.parse(values), seed, lambda rows: choose):
+        state = fold.finish(reduce(fold.merge, [fold.map(batch, state) for batch in batches]), state)
+    assert isinstance(state, Clusters)
+    return state
 
 
-def test_the_sample_is_bounded_and_the_same_however_the_pool_is_cut(pairs, cut, directions) -> None:
+def test_the_clusters_are_the_same_however_the_pool_is_cut(pairs, cut, directions) -> None:
     table = pairs(directions(5, 60, 16, 0.5))
-    clusters = fold(sample=40)
-    whole = clusters.map(table, None)
-    assert len(whole.rank_S) == 40
+    whole = found([table], sample=40)
     for sizes, seed in [([100, 100], None), ([1, 0, 250], 1), ([30] * 9, 2)]:
-        merged = reduce(clusters.merge, [clusters.map(batch, None) for batch in cut(table, sizes, seed)])
-        assert merged.rows == 300
-        np.testing.assert_array_equal(merged.rank_S, whole.rank_S)
-        np.testing.assert_array_equal(merged.feature_SD, whole.feature_SD)
-        np.testing.assert_array_equal(clusters.finish(merged, None).centroids_KD, clusters.finish(whole, None).centroids_KD)
-
-
-def test_merging_is_associative(pairs, cut, directions) -> None:
-    clusters = fold(sample=25)
-    a, b, c = (clusters.map(batch, None) for batch in cut(pairs(directions(3, 40, 8, 0.5)), [50, 30], 3))
-    left, right = clusters.merge(clusters.merge(a, b), c), clusters.merge(a, clusters.merge(b, c))
-    np.testing.assert_array_equal(left.rank_S, right.rank_S)
-    np.testing.assert_array_equal(left.feature_SD, right.feature_SD)
-
-
-def test_the_seed_draws_the_sample(pairs, directions) -> None:
-    table = pairs(directions(3, 40, 8, 0.5))
-    one, other = (set(map(bytes, fold(seed, sample=30).map(table, None).feature_SD)) for seed in (0, 1))
-    assert len(one & other) < 20
+        parts = found(cut(table, sizes, seed), sample=40)
+        assert parts.rows == 300
+        np.testing.assert_array_equal(parts.centroids_KD, whole.centroids_KD)
 
 
 def test_chosen_clusters_leave_rows_enough_for_each(pairs, directions) -> None:
     table = pairs(directions(3, 40, 8, 0.5))
-    assert len(fold(choose=50).finish(fold().map(table, None), None).centroids_KD) == 120 // 20
-    assert len(fold(choose=2).finish(fold().map(table, None), None).centroids_KD) == 2
-    assert len(fold(choose=50).finish(fold().map(table.head(3), None), None).centroids_KD) == 1
-    assert len(fold(clusters=90).finish(fold().map(table, None), None).centroids_KD) == 90
+    assert len(found([table], choose=50).centroids_KD) == 120 // 20
+    assert len(found([table], choose=2).centroids_KD) == 2
+    assert len(found([table.head(3)], choose=50).centroids_KD) == 1
+    assert len(found([table], clusters=90).centroids_KD) == 90
 
 
 def test_too_few_pairs_are_an_error(pairs, directions) -> None:
     table = pairs(directions(1, 5, 8, 0.5))
     with pytest.raises(DataError, match="at most 5"):
-        fold(clusters=6).finish(fold().map(table, None), None)
+        found([table], clusters=6)
     with pytest.raises(DataError, match="no pairs to cluster"):
-        fold().finish(fold().map(table.head(0), None), None)
+        found([table.head(0)])
     with pytest.raises(ConfigError, match="at most sample"):
         ClusterConfig.parse({"clusters": 10, "sample": 9})
 
@@ -107,11 +94,7 @@ def test_decision_order_is_by_cluster_then_rank_then_key() -> None:
     assert decision_order(batch.head(0), label_N[:0], distance_N[:0], "hard", 0) == []
 
 
-def test_state_bytes_bound_what_the_folds_hold(pairs, cut, directions) -> None:
-    table = pairs(directions(5, 60, 16, 0.5))
+def test_state_bytes_do_not_grow_with_the_pool() -> None:
     config = ClusterConfig.parse({"sample": 50})
-    clusters = ClusterFold(config, 0, lambda rows: 4)
-    merged = reduce(clusters.merge, [clusters.map(batch, None) for batch in cut(table, [100, 100])])
-    held = merged.rank_S.nbytes + merged.feature_SD.nbytes
-    assert held <= config.state_bytes(300, 16, lambda rows: 4) <= 4 * held
+    assert config.state_bytes(300, 16, lambda rows: 4) == 2 * 50 * (4 * 16 + 8)
     assert config.state_bytes(10**9, 16, lambda rows: 4) == config.state_bytes(300, 16, lambda rows: 4)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
-from diptych.prune.kmeans import _label, _member_sums, _update, assign, dot, fastest, spherical_kmeans
+from diptych.prune.kmeans import _label, _member_sums, _update, assign, fastest, nearest, similarity, spherical_kmeans
 
 
 def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_a_row_is_assigned_alike_in_any_batch(width: int) -> None:
     exact_NK = features_ND.double() @ centroids_KD.double().t()
     assert (exact_NK.max(dim=1).values - exact_NK.gather(1, label_N[:, None]).squeeze(1)).max() < 1e-14
     assert not set(label_N.tolist()) & set(range(40, 45)), "the first of equal centroids wins"
-    np.testing.assert_array_equal(similarity_N, dot(features_ND, centroids_KD[label_N]))
+    np.testing.assert_array_equal(similarity_N, similarity(features_ND, centroids_KD, label_N))
     order_N = torch.randperm(700, generator=torch.Generator().manual_seed(0))
     for size, block_values in [(1, 1 << 20), (37, 1 << 20), (700, 45 * 13)]:
         found = [assign(part, centroids_KD, block_values) for part in features_ND[order_N].split(size)]
@@ -140,6 +140,8 @@ def test_a_coarse_screen_labels_as_an_exact_one(width: int, shift: float) -> Non
     coarse_N, score_N = _label(features_ND, centroids_KD, torch.bfloat16, 1 << 16)
     exact_N, similarity_N = assign(features_ND, centroids_KD)
     assert torch.equal(coarse_N, exact_N)
+    assert torch.equal(coarse_N, nearest(features_ND, centroids_KD, screen=torch.float32))
+    assert torch.equal(coarse_N, (features_ND.double() @ centroids_KD.double().t()).argmax(dim=1))
     assert (score_N - similarity_N).abs().max() < 0.02
     assert ((features_ND.bfloat16() @ centroids_KD.bfloat16().t()).float().argmax(dim=1) != exact_N).any(), "the screen alone would err"
 
@@ -150,7 +152,22 @@ def test_a_coarse_screen_settles_near_copies_of_high_score() -> None:
     centroids_KD = torch.cat([base_KD, normalize(base_KD + 1e-3 * unit(70, 512, seed=1), dim=1)])
     features_ND = normalize(base_KD.repeat(60, 1) + 0.5 * unit(4200, 512, seed=2), dim=1)
     coarse_N, _ = _label(features_ND, centroids_KD, torch.bfloat16, 1 << 16)
-    assert torch.equal(coarse_N, assign(features_ND, centroids_KD)[0])
+    assert torch.equal(coarse_N, nearest(features_ND, centroids_KD, screen=torch.float32))
+
+
+def test_a_coarse_screen_settles_even_errors_that_add_up() -> None:
+    """All factors of the better product round down by nearly half a place, and all of the worse one up."""
+    half, used = 256, 254
+    down, up = 1 + 0.98 * 2.0**-8, 1 + 1.02 * 2.0**-8
+    row_D, better_D, worse_D = (torch.zeros(2 * half) for _ in range(3))
+    row_D[:used], row_D[half : half + used] = down / 32, up / 32
+    better_D[:used], worse_D[half : half + used] = down / 16, up / 16
+    row_D[used] = better_D[used] = 2.0**-5
+    # With their opposites the centroids have the mean 0, and are screened as they are.
+    centroids_KD = torch.stack([worse_D, better_D, -worse_D, -better_D])
+    assert row_D.double() @ better_D.double() > row_D.double() @ worse_D.double()
+    assert row_D.bfloat16() @ better_D.bfloat16() < row_D.bfloat16() @ worse_D.bfloat16() - 0.006
+    assert nearest(row_D[None], centroids_KD, screen=torch.bfloat16).tolist() == [1]
 
 
 def test_the_fit_does_not_depend_on_the_screen() -> None:

@@ -27,7 +27,7 @@ from diptych.core.chance import key_hash, key_hashes, mix, uniform
 from diptych.core.config import Config as BaseConfig
 from diptych.core.errors import DataError
 from diptych.core.points import Fold, Need, PairMethod, Verdict
-from diptych.curate.clustering import ClusterFold, Clusters, features_of
+from diptych.curate.clustering import Clusters, cluster_folds, features_of
 
 CLUSTER, CONCEPTS = "meta.cluster", "meta.concepts"
 NOT_KEPT, BALANCED = "concept not kept", "balanced away"
@@ -152,11 +152,12 @@ class BiomedicaConcepts(PairMethod):
 
     def folds(self) -> Sequence[Fold]:
         """Axes and clusters, fitted to a keyed sample; then sizes and labels of the clusters, from all pairs."""
-        return [ClusterFold(self.config.sample, self.config.components, self.config.clusters, self.seed), LookFold(self.config, self.seed)]
+        config = self.config
+        return [*cluster_folds(config.sample, config.components, config.clusters, self.seed), LookFold(config, self.seed)]
 
     def state_bytes(self, rows: int, width: int) -> int:
-        """Most memory of the state, for `rows` pairs with features of `width` floats: samples being merged."""
-        return 3 * min(self.config.sample, rows) * (4 * width + 8) + self.config.clusters * (8 * self.config.components + 64)
+        """Most memory of the state, for `rows` pairs with features of `width` floats: a sample being put in order."""
+        return 2 * min(self.config.sample, rows) * (4 * width + 8) + self.config.clusters * (8 * self.config.components + 64)
 
     def apply(self, batch: pl.DataFrame, state: Labelled) -> Verdict:
         """The verdict on a batch."""

@@ -27,14 +27,14 @@ STARTS = b"diptych.starts"
 
 def write(frame: pl.DataFrame, path: Path) -> Path:
     """Writes a table under its name at once, or not at all; returns `path`."""
-    return _write(frame.to_arrow(compat_level=pl.CompatLevel.newest()), path)
+    return _write(_arrow(frame), path)
 
 
 def write_parts(frame: pl.DataFrame, part_N: NDArray[np.int64], parts: int, path: Path) -> Path:
     """Writes a table part by part: row n lies in part `part_N[n]` of `[0, parts)`, behind those that came before it."""
     start_P = np.concatenate([[0], np.bincount(part_N, minlength=parts).cumsum()]).astype(np.int64)
     assert len(start_P) == parts + 1, "a part beyond the last"
-    ordered = frame[np.argsort(part_N, kind="stable")].rechunk().to_arrow(compat_level=pl.CompatLevel.newest())
+    ordered = _arrow(frame[np.argsort(part_N, kind="stable")])
     return _write(ordered.replace_schema_metadata({STARTS: start_P.tobytes()}), path)
 
 
@@ -73,6 +73,11 @@ def remove(paths: Sequence[Path]) -> None:
     """Deletes files of a phase that no later step reads."""
     for path in paths:
         path.unlink(missing_ok=True)
+
+
+def _arrow(frame: pl.DataFrame) -> pa.Table:
+    # In one piece: a file has one dictionary a column, and its parts are slices of one batch.
+    return frame.rechunk().to_arrow(compat_level=pl.CompatLevel.newest())
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -5,9 +5,10 @@ Shape legend: N pairs in a batch, D feature width, K clusters, S sampled pairs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
@@ -19,15 +20,13 @@ from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.core.config import Config
 from diptych.core.errors import DataError
 from diptych.core.points import Fold
-from diptych.pairs.sample import Sample
-from diptych.prune.kmeans import assign, dot, spherical_kmeans
+from diptych.pairs.sample import Bar, BarFold, Draw, DrawnFold
+from diptych.prune.kmeans import nearest, similarity, spherical_kmeans
 
 Order = Literal["hard", "easy", "random"]
 
 ROWS_PER_CENTROID = 20
 """Fewer sampled rows than this fit a centroid badly: the number of clusters that is chosen for the user stays below it."""
-
-BLOCK_ROWS = 4096
 
 
 class ClusterConfig(Config):
@@ -45,8 +44,8 @@ class ClusterConfig(Config):
         return self
 
     def state_bytes(self, rows: int, width: int, choose: Callable[[int], int]) -> int:
-        """Most memory of the folds for `rows` pairs with features of `width` floats: samples being merged, or the centroids."""
-        sample = 3 * min(self.sample, rows) * (4 * width + 8)
+        """Most memory of the folds for `rows` pairs with features of `width` floats: a sample being put in order, or the centroids."""
+        sample = 2 * min(self.sample, rows) * (4 * width + 8)
         return max(sample, (self.clusters or choose(rows)) * (4 * width + 32))
 
 
@@ -59,64 +58,43 @@ class Clusters:
 
     def label(self, features_ND: torch.Tensor) -> NDArray[np.int64]:
         """The cluster `[N]` of every row; depends on the row alone."""
-        label_N, _ = assign(features_ND, tensor(self.centroids_KD))
-        return label_N.numpy()
+        return nearest(features_ND, tensor(self.centroids_KD)).numpy()
 
     def distance(self, features_ND: torch.Tensor, label_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine distance `[N]`, in [0, 2] up to rounding, of every row to the centroid of its cluster; depends on the row alone."""
-        similarity_N = np.empty(len(label_N), dtype=np.float32)
-        # In blocks: the float64 products of all rows at once would be four times the features.
-        for start in range(0, len(label_N), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            similarity_N[rows] = dot(features_ND[rows], tensor(self.centroids_KD[label_N[rows]])).numpy()
-        return 1 - similarity_N
+        return 1 - similarity(features_ND, tensor(self.centroids_KD), torch.from_numpy(label_N)).numpy()
 
 
-class ClusterFold(Fold):
-    """Clusters from the `sample` pairs whose key hashes smallest with the seed: the same pairs however the pool is cut.
+def cluster_folds(config: ClusterConfig, seed: int, choose: Callable[[int], int]) -> list[Fold]:
+    """Two folds to `Clusters`, fitted to the `sample` pairs whose keys hash smallest with the seed: the same however the pool is cut.
 
     Args:
         config: sizes and iterations.
         seed: names the draw of the sample and of the first centroids.
         choose: number of clusters for a number of pairs, used when `config.clusters` is None.
 
-    A partial costs at most `sample * (4 D + 8)` bytes, three times that while two are merged.
+    Raises what `features_of` and `fit` raise.
     """
+    draw = Draw(config.sample, "prune.sample", seed)
 
-    def __init__(self, config: ClusterConfig, seed: int, choose: Callable[[int], int]) -> None:
-        self.config, self.seed, self.choose = config, seed, choose
+    def fitted(feature_SD: NDArray[np.float32], bar: Bar) -> Clusters:
+        return fit(feature_SD, bar.rows, config, seed, choose)
 
-    def map(self, batch: pl.DataFrame, state: Any) -> Sample:
-        """The batch's own sample. Raises DataError if its features cannot be clustered."""
-        del state
-        rank_N = mix(self.seed, key_hash("prune.sample"), key_hashes(batch["key"]))
-        return Sample(batch.height, rank_N, features_of(batch).numpy()).smallest(self.config.sample)
+    return [BarFold(draw), DrawnFold(draw, lambda batch: features_of(batch).numpy(), fitted)]
 
-    def merge(self, left: Sample, right: Sample) -> Sample:
-        """The smallest ranks of both."""
-        rows, limit = left.rows + right.rows, self.config.sample
-        # A full sample only takes what beats its largest rank: late batches have little of that, and mostly nothing.
-        fresh = right.rank_S < left.rank_S[-1] if len(left.rank_S) == limit else np.ones(len(right.rank_S), dtype=bool)
-        if not fresh.any():
-            return Sample(rows, left.rank_S, left.feature_SD)
-        rank_S = np.concatenate([left.rank_S, right.rank_S[fresh]])
-        return Sample(rows, rank_S, np.concatenate([left.feature_SD, right.feature_SD[fresh]])).smallest(limit)
 
-    def finish(self, partial: Sample, state: Any) -> Clusters:
-        """K-means on the sample, sorted by rank. Raises DataError if it holds fewer pairs than clusters were asked for."""
-        del state
-        held = len(partial.rank_S)
-        if held == 0:
-            raise DataError.at(
-                "There are no pairs to cluster", "the pair table", "0 pairs", "at least one pair", "look at what left before"
-            )
-        wanted = self.config.clusters or min(self.choose(partial.rows), max(1, held // ROWS_PER_CENTROID))
-        if wanted > held:
-            raise DataError.at(
-                "Fewer pairs than clusters", "clusters", wanted, f"at most {held}, the pairs there are", "lower it, or leave it out"
-            )
-        fit = spherical_kmeans(tensor(partial.feature_SD), wanted, self.config.iterations, self.seed)
-        return Clusters(fit.centroids_KD.numpy(), partial.rows)
+def fit(feature_SD: NDArray[np.float32], rows: int, config: ClusterConfig, seed: int, choose: Callable[[int], int]) -> Clusters:
+    """K-means on a sample of `rows` pairs. Raises DataError if it holds none, or fewer than clusters were asked for."""
+    held = len(feature_SD)
+    if held == 0:
+        raise DataError.at("There are no pairs to cluster", "the pair table", "0 pairs", "at least one pair", "look at what left before")
+    wanted = config.clusters or min(choose(rows), max(1, held // ROWS_PER_CENTROID))
+    if wanted > held:
+        raise DataError.at(
+            "Fewer pairs than clusters", "clusters", wanted, f"at most {held}, the pairs there are", "lower it, or leave it out"
+        )
+    found = spherical_kmeans(tensor(feature_SD), wanted, config.iterations, seed)
+    return Clusters(found.centroids_KD.numpy(), rows)
 
 
 def features_of(batch: pl.DataFrame) -> torch.Tensor:
@@ -144,8 +122,10 @@ def features_of(batch: pl.DataFrame) -> torch.Tensor:
 
 
 def tensor(values: NDArray[np.float32]) -> torch.Tensor:
-    """The array as a tensor; copied if it is read-only (as polars and Ray lend theirs), for torch knows no such memory."""
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
+    """The array as a tensor of the same memory, also if it is read-only (as polars and Ray lend theirs): nobody writes into features."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 def decision_order(

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from diptych.core.errors import ConfigError
 from diptych.core.points import Fold, Need, PairMethod, Verdict
-from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of, tensor
+from diptych.prune.clusters import ClusterConfig, Clusters, Order, cluster_folds, decision_order, features_of, tensor
 from diptych.prune.verdicts import verdict
 
 REASON = "over the concept's budget"
@@ -108,7 +108,7 @@ class BudgetFold(Fold):
 class ConceptPruning(PairMethod):
     """Keeps the budgeted pairs of every concept.
 
-    Memory: the fold's sample (`clusters.ClusterFold`), then `Budgets`; to decide, the whole concepts at hand.
+    Memory: the sample (`pairs/sample.py`), then `Budgets`; to decide, the whole concepts at hand.
     """
 
     config: Config
@@ -117,7 +117,7 @@ class ConceptPruning(PairMethod):
 
     def folds(self) -> Sequence[Fold]:
         """The concepts, fitted to a keyed sample; then their budgets, from all pairs."""
-        return [ClusterFold(self.config, self.seed, default_concepts), BudgetFold(self.config)]
+        return [*cluster_folds(self.config, self.seed, default_concepts), BudgetFold(self.config)]
 
     def state_bytes(self, rows: int, width: int) -> int:
         """Most memory of the state, for `rows` pairs with features of `width` floats: the merged sample, then the budgets."""

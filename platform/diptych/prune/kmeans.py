@@ -1,8 +1,8 @@
 """Spherical k-means: clusters of directions, by Lloyd's algorithm on the unit sphere, on CPU or GPU.
 
 A cluster's centroid is the normalised mean of its members; a row belongs to the centroid of largest inner product. One matrix
-product a block of rows is nearly all of the work. It only screens: centroids that rounding leaves in question are told apart by
-float64 products, row by row, so the fit can screen with bfloat16 where that is fast and still label as float32 would.
+product a block of rows is nearly all of the work. It only screens: centroids that rounding can have left in question are told apart by
+float64 products, row by row. So it screens with bfloat16 where that is fast, and labels as float32 does where it is not.
 
 Shape legend: N rows, D feature width, K centroids, B rows of a block, L lanes, M centroids of a lane, Q (row, centroid) pairs.
 Source: Dhillon and Modha, Concept Decompositions for Large Sparse Text Data Using Clustering (2001), section 3; the screen and
@@ -11,7 +11,6 @@ the reseeding are ours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,8 +20,11 @@ from torch.nn.functional import embedding_bag, normalize, pad
 from diptych.core.chance import generator
 from diptych.core.errors import ConfigError
 
-BLOCK_VALUES = 1 << 20
-"""Similarities held at once: 4 MiB of float32, whatever N and K are; more leaves the cache of a core."""
+BLOCK_VALUES = 1 << 21
+"""Similarities held at once, whatever N and K are: 4 MiB of bfloat16, 8 of float32; more leaves the cache of a core."""
+
+EXACT_VALUES = 1 << 15
+"""Values of a factor at a time in float64 products: more, and what lies between the steps leaves the cache (four times as slow)."""
 
 LANES = 64
 """Centroid k lies in lane `k % LANES`: the maximum of every lane is one vector instruction a centroid, unlike that of a row."""
@@ -83,22 +85,30 @@ def spherical_kmeans(
     return Clustering(centroids_KD, tuple(objectives), reseeded)
 
 
-def assign(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int = BLOCK_VALUES) -> tuple[torch.Tensor, torch.Tensor]:
-    """The centroid of largest inner product of every row: label `[N]` int64, similarity `[N]` float32.
+def nearest(
+    features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int = BLOCK_VALUES, screen: torch.dtype | None = None
+) -> torch.Tensor:
+    """The centroid of largest inner product of every row, int64 `[N]`; the first of equal ones.
 
-    The result for a row depends on that row and the centroids alone, not on the batch around it; the first of equal centroids
-    wins. Rows and centroids are finite float32 of norm at most 1. Memory: `8 * block_values` bytes.
+    Depends on the row and the centroids alone, neither on the batch around it nor on `screen` (as in `spherical_kmeans`). Rows and
+    centroids are finite float32 of norm at most 1. Memory: `8 * block_values` bytes.
     """
-    label_N, _ = _label(features_ND, centroids_KD, torch.float32, block_values)
+    label_N, _ = _label(features_ND, centroids_KD, screen or fastest(features_ND.device), block_values)
+    return label_N
+
+
+def assign(features_ND: torch.Tensor, centroids_KD: torch.Tensor, block_values: int = BLOCK_VALUES) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest`, and the similarity `[N]` float32 of every row to it, which depends on as little."""
+    label_N = nearest(features_ND, centroids_KD, block_values)
+    return label_N, similarity(features_ND, centroids_KD, label_N)
+
+
+def similarity(features_ND: torch.Tensor, centroids_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+    """Inner product of every row with the centroid of its label, float32 `[N]`: summed in float64, so the same for a row in any batch."""
     similarity_N = torch.empty(len(features_ND), dtype=torch.float32, device=features_ND.device)
-    for rows in _slices(len(features_ND), max(1, block_values // features_ND.shape[1] // 4)):
-        similarity_N[rows] = dot(features_ND[rows], centroids_KD[label_N[rows]])
-    return label_N, similarity_N
-
-
-def dot(left_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
-    """Inner products row by row, float32 `[N]`: summed in float64, so the same for a row in any batch."""
-    return _dot64(left_ND, right_ND).float()
+    for rows in _slices(len(features_ND), _exact_rows(features_ND)):
+        similarity_N[rows] = _dot64(features_ND[rows], centroids_KD[label_N[rows]])
+    return similarity_N
 
 
 def fastest(device: torch.device) -> torch.dtype:
@@ -121,6 +131,10 @@ def _first(features_ND: torch.Tensor, weights_N: torch.Tensor | None, k: int, se
 def _slices(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def _exact_rows(features_ND: torch.Tensor) -> int:
+    return max(1, EXACT_VALUES // features_ND.shape[1])
 
 
 def _dot64(left_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
@@ -164,21 +178,18 @@ def _rivals(scores_BK: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.
 
 
 def _slack(screen: torch.dtype, width: int) -> float:
-    """How much the errors of two products of unit vectors can differ, before the scores themselves are rounded."""
-    eps = torch.finfo(screen).eps
-    if screen == torch.float32:
-        # Proven: a float32 sum of D products is off by at most D * eps / 2. Twice that for norms just above 1.
-        return 2 * width * eps
-    # Either factor is off by eps / 2 of itself. The errors of D products are independent: this is 14 of their standard deviations.
-    return eps * min(2.0, 8 / math.sqrt(width))
+    """How much the errors of two products of unit vectors can differ, before the scores themselves are rounded: a bound."""
+    # A float32 sum of D products is off by at most D * eps / 2. Twice that for norms just above 1.
+    summed = 2 * width * torch.finfo(torch.float32).eps
+    # Either factor is off by eps / 2 of itself, so a product by eps. A little more, again, for norms just above 1.
+    return summed if screen == torch.float32 else summed + 2.02 * torch.finfo(screen).eps
 
 
 def _settle(block_BD: torch.Tensor, centroids_KD: torch.Tensor, row_Q: torch.Tensor, column_Q: torch.Tensor) -> torch.Tensor:
     """The best candidate `[B]` of every row by float64 products; the first one of equals."""
     contested_R = (row_Q.bincount(minlength=len(block_BD)) > 1)[row_Q].nonzero().squeeze(1)
     score_Q = torch.zeros(len(row_Q), dtype=torch.float64, device=row_Q.device)
-    # Copies of one centroid contest every row K times: in pieces, so that memory stays bounded even then.
-    for piece_R in torch.split(contested_R, max(len(block_BD) // 4, 1024)):
+    for piece_R in torch.split(contested_R, _exact_rows(block_BD)):
         score_Q[piece_R] = _dot64(block_BD[row_Q[piece_R]], centroids_KD[column_Q[piece_R]])
     best_B = score_Q.new_full((len(block_BD),), -torch.inf).scatter_reduce_(0, row_Q, score_Q, "amax")
     winner_Q = score_Q == best_B[row_Q]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diptych.core.points import Fold, Need, PairMethod, Verdict
-from diptych.prune.clusters import ClusterConfig, ClusterFold, Clusters, Order, decision_order, features_of
+from diptych.prune.clusters import ClusterConfig, Clusters, Order, cluster_folds, decision_order, features_of
 from diptych.prune.verdicts import verdict
 
 TILE_ROWS = 2048
@@ -45,7 +45,7 @@ class Config(ClusterConfig):
 class SemanticDedup(PairMethod):
     """Drops pair j iff its largest cosine to the pairs before it in its cluster exceeds `1 - epsilon`. One pass, not greedy.
 
-    The first pair of a cluster always stays. Memory: the fold's sample (`clusters.ClusterFold`), centroids of `4 K D` bytes,
+    The first pair of a cluster always stays. Memory: the sample (`pairs/sample.py`), centroids of `4 K D` bytes,
     and to decide, the whole clusters at hand plus one tile of similarities.
     """
 
@@ -54,8 +54,8 @@ class SemanticDedup(PairMethod):
     needs = frozenset[Need]({"captions", "features"})
 
     def folds(self) -> Sequence[Fold]:
-        """One: the clusters, fitted to a keyed sample."""
-        return [ClusterFold(self.config, self.seed, default_clusters)]
+        """The clusters, fitted to a keyed sample."""
+        return cluster_folds(self.config, self.seed, default_clusters)
 
     def state_bytes(self, rows: int, width: int) -> int:
         """Most memory of the state, for `rows` pairs with features of `width` floats: the merged sample, then the centroids."""
