@@ -8,7 +8,15 @@ from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
 from diptych.prune.clusters import Clusters
-from diptych.prune.semantic_dedup import Config, default_clusters, nearest_before, similarity_before, similarity_before_by_cluster
+from diptych.prune.semantic_dedup import (
+    Config,
+    default_clusters,
+    is_copy,
+    nearest_before,
+    similarity_before,
+    similarity_before_by_cluster,
+    suspects,
+)
 
 
 def planted(originals: int, copies: int, width: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +129,44 @@ def test_nearest_before_is_the_plain_maximum(tile_rows: int) -> None:
     features_MD = normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(1)), dim=1)
     rows_R = np.array([1, 5, 20, 59])
     expected = [int((features_MD[:row] @ features_MD[row]).argmax()) for row in rows_R]
-    assert nearest_before(features_MD, rows_R, tile_rows).tolist() == expected
-    assert len(nearest_before(features_MD, rows_R[:0])) == 0
+    likeness_R, place_R = nearest_before(features_MD, rows_R, tile_rows)
+    assert place_R.tolist() == expected
+    np.testing.assert_allclose(
+        likeness_R, [float(features_MD[row] @ features_MD[place]) for row, place in zip(rows_R, expected, strict=True)], rtol=1e-6
+    )
+    assert [len(part) for part in nearest_before(features_MD, rows_R[:0])] == [0, 0]
+    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert nearest_before(opposite, np.array([1]), tile_rows)[0].tolist() == [0], "as published, no less"
+
+
+@pytest.mark.parametrize("screen", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 60, 1300])
+def test_suspects_are_all_copies_and_few_others(screen: torch.dtype, rows: int) -> None:
+    features_MD = normalize(torch.from_numpy(planted(max(1, rows * 3 // 4), rows // 4)[0]).float(), dim=1)
+    largest_M = similarity_before(features_MD).numpy()
+    for epsilon in (0.01, 0.05, 0.3, 0.6):
+        copy_M = is_copy(largest_M, epsilon)
+        suspect_M = suspects(features_MD, epsilon, screen)
+        assert suspect_M.dtype == bool
+        assert not (copy_M & ~suspect_M).any()
+        assert not (suspect_M & ~is_copy(largest_M, epsilon + 0.03)).any()
+        assert not suspect_M[0]
+    assert suspects(features_MD, 1.5, screen).sum() == len(features_MD) - 1, "everything is like the first by at least 0"
+
+
+def test_a_suspect_at_the_border_is_judged_exactly(pairs) -> None:
+    """Cosines a millionth on either side of the threshold, which bfloat16 cannot tell apart."""
+    epsilon = 0.05
+    angles = [0.0, *(float(np.arccos(1 - epsilon + off)) for off in (1e-6, -1e-6))]
+    batch = pairs(
+        np.array(
+            [[np.cos(angle), np.sin(angle), 0] for angle in (angles[0], angles[1])] + [[0, 1, 0], [0, np.cos(angles[2]), np.sin(angles[2])]]
+        )
+    )
+    batch = batch.with_columns(group=pl.Series([0, 0, 1, 1]))
+    state = Clusters(np.eye(3, dtype=np.float32)[[0, 1]], 4)
+    verdict = Config(epsilon=epsilon, keep="easy").build(0).apply(batch, state)
+    assert verdict.rejected["key"].to_list() == [batch["key"][1]]
 
 
 def test_a_copy_names_its_twin(run_pass, pairs) -> None:

@@ -150,7 +150,7 @@ def _label(
     # as those of encoders do, and so is its rounding.
     mean_D = centroids_KD.double().mean(dim=0)
     offset_KD = centroids_KD - mean_D
-    slack = _slack(screen, features_ND.shape[1]) * float(offset_KD.norm(dim=1).max())
+    margin = slack(screen, features_ND.shape[1]) * float(offset_KD.norm(dim=1).max())
     table_KD = pad(offset_KD, (0, 0, 0, -k % LANES)).to(screen)
     block = max(1, min(block_values // len(table_KD), len(features_ND)))
     buffer_BK = torch.empty(block, len(table_KD), dtype=screen, device=features_ND.device)
@@ -160,24 +160,24 @@ def _label(
         block_BD = features_ND[rows]
         scores_BK = torch.mm(block_BD.to(screen), table_KD.t(), out=buffer_BK[: len(block_BD)])
         scores_BK[:, k:] = -torch.inf
-        best_B, *rivals = _rivals(scores_BK, slack)
+        best_B, *rivals = _rivals(scores_BK, margin)
         score_N[rows] = best_B + block_BD @ mean_D.float()
         label_N[rows] = _settle(block_BD, centroids_KD, *rivals)
     return label_N, score_N
 
 
-def _rivals(scores_BK: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rivals(scores_BK: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best score of every row `[B]`, and row and column `[Q]` of all that rounding cannot tell from it."""
     grid_BML = scores_BK.view(len(scores_BK), -1, LANES)
     top_BL = grid_BML.amax(dim=1)
     best_B = top_BL.amax(dim=1).float()
-    bar_B = best_B - slack - best_B.abs() * torch.finfo(scores_BK.dtype).eps
+    bar_B = best_B - margin - best_B.abs() * torch.finfo(scores_BK.dtype).eps
     row_P, lane_P = (top_BL >= bar_B[:, None]).nonzero(as_tuple=True)
     pair_Q, place_Q = (grid_BML[row_P, :, lane_P] >= bar_B[row_P, None]).nonzero(as_tuple=True)
     return best_B, row_P[pair_Q], place_Q * LANES + lane_P[pair_Q]
 
 
-def _slack(screen: torch.dtype, width: int) -> float:
+def slack(screen: torch.dtype, width: int) -> float:
     """How much the errors of two products of unit vectors can differ, before the scores themselves are rounded: a bound."""
     # A float32 sum of D products is off by at most D * eps / 2. Twice that for norms just above 1.
     summed = 2 * width * torch.finfo(torch.float32).eps

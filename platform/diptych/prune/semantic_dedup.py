@@ -18,10 +18,14 @@ from pydantic import Field
 
 from diptych.core.points import Fold, Need, PairMethod, Verdict
 from diptych.prune.clusters import ClusterConfig, Clusters, Order, cluster_folds, decision_order, features_of
+from diptych.prune.kmeans import fastest, similarity, slack
 from diptych.prune.verdicts import verdict
 
 TILE_ROWS = 2048
 """Rows and columns of the similarities held at once: 16 MiB of float32, however large a cluster is."""
+
+SCREEN_ROWS = 512
+"""The same while they are only screened: half a MiB of bfloat16, which stays in the cache of a core."""
 
 PAIRS_A_CLUSTER = 1000
 REASON = "near copy"
@@ -74,10 +78,11 @@ class SemanticDedup(PairMethod):
         twin_N = np.zeros(batch.height, dtype=np.int64)
         for member_M in decision_order(batch, label_N, state.distance(features_ND, label_N), self.config.keep, self.seed):
             feature_MD = features_ND[torch.from_numpy(member_M)]
-            score_N[member_M] = similarity_before(feature_MD).numpy()
-            copy_M = np.append(False, is_copy(score_N[member_M[1:]], self.config.epsilon))
-            rejected_N[member_M] = copy_M
-            twin_N[member_M[copy_M]] = member_M[nearest_before(feature_MD, np.flatnonzero(copy_M))]
+            suspect_R = np.flatnonzero(suspects(feature_MD, self.config.epsilon))
+            likeness_R, place_R = nearest_before(feature_MD, suspect_R)
+            copy_R = is_copy(likeness_R, self.config.epsilon)
+            rows_R = member_M[suspect_R[copy_R]]
+            rejected_N[rows_R], score_N[rows_R], twin_N[rows_R] = True, likeness_R[copy_R], member_M[place_R[copy_R]]
         return verdict(batch, rejected_N, REASON, score_N, batch["key"].gather(twin_N))
 
     def report(self, state: Clusters) -> Mapping[str, Any]:
@@ -106,8 +111,32 @@ def similarity_before(features_MD: torch.Tensor, tile_rows: int = TILE_ROWS) -> 
     return largest_M
 
 
-def nearest_before(features_MD: torch.Tensor, rows_R: NDArray[np.int64], tile_rows: int = TILE_ROWS) -> NDArray[np.int64]:
-    """For some rows in decision order, none of them the first: the place of the nearest one before each, int64 `[R]`. In tiles."""
+def suspects(features_MD: torch.Tensor, epsilon: float, screen: torch.dtype | None = None) -> NDArray[np.bool_]:
+    """Which unit rows in decision order may have a copy before them, bool `[M]`: all that do, and those that rounding cannot tell from them.
+
+    `screen` is float32 or bfloat16, None takes the faster one on this machine; holds `4 SCREEN_ROWS^2` bytes and half of the features.
+    """
+    screen = screen or fastest(features_MD.device)
+    # A score is half as far off as two of them are against each other; the last term is for its own rounding.
+    bar = 1 - epsilon - slack(screen, features_MD.shape[1]) / 2 - 1.01 * torch.finfo(screen).eps
+    largest_M = torch.full((len(features_MD),), -torch.inf, dtype=screen, device=features_MD.device)
+    tiles = torch.split(features_MD.to(screen), SCREEN_ROWS)
+    for j, tile_TD in enumerate(tiles):
+        largest_T = largest_M[j * SCREEN_ROWS :][: len(tile_TD)]
+        for before_TD in tiles[:j]:
+            torch.maximum(largest_T, (tile_TD @ before_TD.t()).amax(dim=1), out=largest_T)
+        own_TT = (tile_TD @ tile_TD.t()).masked_fill_(torch.ones(len(tile_TD), len(tile_TD), dtype=torch.bool).triu_(), -torch.inf)
+        torch.maximum(largest_T, own_TT.amax(dim=1), out=largest_T)
+    # No pair is less than 0 like one before it, as published, so a bar below it leaves the first pair alone.
+    suspect_M = (largest_M.float() >= bar).cpu().numpy() if bar > 0 else np.ones(len(features_MD), dtype=bool)
+    suspect_M[:1] = False
+    return suspect_M
+
+
+def nearest_before(
+    features_MD: torch.Tensor, rows_R: NDArray[np.int64], tile_rows: int = TILE_ROWS
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """For some rows in decision order, none of them the first: cosine (at least 0) and place of the nearest before each, `[R]`. In tiles."""
     found = [np.empty(0, dtype=np.int64)]
     for start in range(0, len(rows_R), tile_rows):
         part_T = torch.from_numpy(rows_R[start : start + tile_rows])
@@ -119,7 +148,9 @@ def nearest_before(features_MD: torch.Tensor, rows_R: NDArray[np.int64], tile_ro
             better_T = value_T > best_T
             best_T[better_T], place_T[better_T] = value_T[better_T], place_U[column_T][better_T]
         found.append(place_T.numpy())
-    return np.concatenate(found)
+    place_R = np.concatenate(found)
+    likeness_R = similarity(features_MD[torch.from_numpy(rows_R)], features_MD, torch.from_numpy(place_R))
+    return likeness_R.clamp(min=0).numpy(), place_R
 
 
 def is_copy(similarity_M: NDArray[np.float32], epsilon: float) -> NDArray[np.bool_]:
