@@ -1,11 +1,11 @@
-"""Known values are those of pycocoevalcap 1.2 and, for METEOR's exact stage, of NLTK 3.10 without stems and thesaurus."""
+"""Known values worked by hand; the field's own scorer beside these formulas is in `test_coco_agreement`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from diptych.evaluate.caption_metrics import bleu, bleu_counts, cider, meteor_exact, rouge_l, words_of
+from diptych.evaluate.caption_metrics import bleu, bleu_counts, cider, rouge_l, words_of
 
 HYPOTHESES = ["a dog runs on the beach", "two dogs sleep on a couch", "a cat"]
 REFERENCES = [
@@ -37,15 +37,14 @@ def test_equal_captions_have_the_best_scores() -> None:
     assert bleu(bleu_counts(SAID[:2], same[:2])) == pytest.approx(np.ones(4))
     assert cider(SAID[:2], same[:2]) == pytest.approx([10.0, 10.0])
     assert rouge_l(SAID[0], same[0]) == pytest.approx(1)
-    assert meteor_exact(SAID[0], same[0]) == pytest.approx(1 - 0.5 / 6**3)
 
 
 def test_nothing_in_common_scores_nothing() -> None:
     other = [[["quite", "another", "thing"]]]
     assert cider([["a", "cat"], ["x"]], [*other, [["y"]]]).tolist() == [0, 0]
-    assert rouge_l(["a", "cat"], other[0]) == meteor_exact(["a", "cat"], other[0]) == 0
+    assert rouge_l(["a", "cat"], other[0]) == 0
     assert bleu(bleu_counts([["a", "cat"]], other))[0] < 1e-10
-    assert rouge_l([], other[0]) == meteor_exact([], other[0]) == meteor_exact(["a"], []) == 0
+    assert rouge_l([], other[0]) == rouge_l(["a"], []) == 0
 
 
 def test_bleu_cuts_repetition_and_brevity() -> None:
@@ -77,9 +76,3 @@ def test_rouge_takes_the_best_precision_and_the_best_recall() -> None:
     assert rouge_l(["a", "b", "c", "d"], [["a", "b", "c", "x", "y", "z"], ["a", "d"]]) == pytest.approx(
         (1 + 1.44) * 0.75 / (1 + 1.44 * 0.75)
     )
-
-
-def test_meteor_counts_chunks() -> None:
-    assert meteor_exact(["on", "the", "mat", "sat", "the", "cat"], [["the", "cat", "sat", "on", "the", "mat"]]) == pytest.approx(0.5)
-    scattered, whole = (meteor_exact(text.split(), [["a", "b", "c", "d"]]) for text in ("d c b a", "a b c d"))
-    assert scattered < whole

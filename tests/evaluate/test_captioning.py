@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import Metric
+from diptych.evaluate import coco_agreement
+from diptych.evaluate.caption_metrics import Agreement, bleu_counts
 from diptych.evaluate.captioning import Captioning, Config
 
 TEXTS = ["the digit seven", "a handwritten digit", "three or seven", "the digit two"]
@@ -43,10 +46,53 @@ def test_fit_and_agreement(encoder: Any, pairs: pl.DataFrame, monkeypatch: pytes
     assert found["cider"].value == pytest.approx(float(found["cider"].per_example.mean()))
     assert 0 < found["bleu_4"].low <= found["bleu_4"].value <= found["bleu_4"].high <= 1
     assert found["rouge_l"].value == pytest.approx((1 + 1 + 0) / 3)
-    assert 0 < found["meteor_exact"].value < 1
+    assert found["meteor_stem"].value == pytest.approx(((1 - 0.5 / 3**3) + (1 - 0.5 / 3**3) + 0) / 3)
+    assert "meteor" not in found
+    assert {name for name, row in found.items() if "agreement" in row.settings} == {"cider", "bleu_4", "rouge_l", "meteor_stem"}
+    assert found["cider"].settings["agreement"] == "builtin"
+    assert "wordnet" not in found["cider"].settings
     assert found["ref_clip_score"].n == 3
     assert found["distinct"].value == 1
     assert found["words"].value == pytest.approx(3)
+
+
+def test_meteor_with_synonyms(encoder: Any, pairs_of: Any, monkeypatch: pytest.MonkeyPatch, wordnet: Path) -> None:
+    pairs = pairs_of(list("abcd"), [["the number seven"], [], [], []])
+    without, found = rows(encoder, pairs, monkeypatch), rows(encoder, pairs, monkeypatch, wordnet=str(wordnet))
+    assert without["meteor_stem"].value == pytest.approx(2 / 3 * (1 - 0.5))
+    assert found["meteor"].value == pytest.approx(1 - 0.5 / 3**3)
+    assert "meteor_stem" not in found
+    assert found["meteor"].settings["wordnet"] == str(wordnet)
+    assert found["cider"].settings == without["cider"].settings
+
+
+def test_a_wordnet_is_read_before_anything_is_captioned(encoder: Any, pairs: pl.DataFrame, wordnet: Path) -> None:
+    (wordnet / "index.verb").write_text("run v 1")
+    with pytest.raises(DataError, match="WordNet cannot be read"):
+        Config(wordnet=str(wordnet)).build().run(encoder, pairs, "set", 0)
+
+
+def test_agreement_by_the_fields_own_scorer(encoder: Any, pairs: pl.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def agreement(*texts: Any) -> Agreement:
+        asked.append(texts)
+        counts = bleu_counts([["a", "digit"]] * 3, [[["a", "digit"]]] * 3)
+        return Agreement(np.asarray([1.0, 2.0, 3.0]), np.full(3, 0.5), np.asarray([0.25, 0.5, 0.75]), 0.625, counts)
+
+    monkeypatch.setattr(coco_agreement, "agreement", agreement)
+    found = rows(encoder, pairs, monkeypatch, agreement="coco")
+    # whole texts go there, of the pairs with references
+    assert asked == [(TEXTS[:3], [["the digit seven", "a digit"], ["a handwritten digit"], ["something else"]])]
+    assert (found["cider"].value, found["bleu_4"].value, found["rouge_l"].value, found["meteor"].value) == (2, 0.625, 0.5, 0.5)
+    assert found["meteor"].keys == ["a", "b", "c"]
+    assert found["meteor"].low < 0.5 < found["meteor"].high
+    assert found["bleu_4"].low <= 0.625 <= found["bleu_4"].high
+    assert all(found[name].settings["agreement"] == "coco" for name in ("cider", "bleu_4", "rouge_l", "meteor"))
+    assert "meteor_stem" not in found
+    builtin = rows(encoder, pairs, monkeypatch)
+    assert found["clip_score"].settings == builtin["clip_score"].settings
+    assert found["reference_match"].value == builtin["reference_match"].value
 
 
 def test_naming(encoder: Any, pairs: pl.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +143,17 @@ def test_refusals(pairs: pl.DataFrame, table_encoder: Any) -> None:
     for fields, fault in (({"beams": 2, "temperature": 1.0}, "exclude each other"), ({"forms": ["{}"]}, "forms need names")):
         with pytest.raises(ConfigError, match=fault):
             Config.parse(fields)
+
+
+def test_what_agreement_needs_is_asked_for_before_the_run(monkeypatch: pytest.MonkeyPatch, wordnet: Path) -> None:
+    where = "evaluate.benchmarks.0"
+    with pytest.raises(ConfigError, match=r"METEOR 1\.5 .* brings synonyms of its own"):
+        Config.parse({"agreement": "coco", "wordnet": str(wordnet)}, where)
+    (wordnet / "verb.exc").unlink()
+    (wordnet / "data.adj").unlink()
+    with pytest.raises(ConfigError, match=r"(?s)evaluate\.benchmarks\.0\.wordnet\n.* without verb\.exc, data\.adj>.*wordnet-base"):
+        Config.parse({"wordnet": str(wordnet)}, where)
+    monkeypatch.setattr(coco_agreement, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"(?s)evaluate\.benchmarks\.0\.agreement.*pip install pycocoevalcap"):
+        Config.parse({"agreement": "coco"}, where)
+    assert Config.directories == ("scorer", "wordnet")

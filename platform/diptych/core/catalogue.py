@@ -118,7 +118,7 @@ TABLE: tuple[Row, ...] = (
     Row("zero-shot", "evaluate", "diptych.evaluate.zero_shot:Config", "Benchmark", "CLIP (2021)", "classify by class names in prompt templates"),
     Row("few-shot", "evaluate", "diptych.evaluate.few_shot:Config", "Benchmark", "", "adapters on stored features, by shots and draws"),
     Row("clip-score", "evaluate", "diptych.evaluate.clip_score:Config", "Benchmark", "CLIPScore (EMNLP 2021)", "how well captions fit their pictures, with and without references"),
-    Row("captioning", "evaluate", "diptych.evaluate.captioning:Config", "Benchmark", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "captions a split, with guidance: CLIPScore and recall beside CIDEr, BLEU, ROUGE-L"),
+    Row("captioning", "evaluate", "diptych.evaluate.captioning:Config", "Benchmark", "Guiding Image Captioning Models Toward More Specific Captions (ICCV 2023)", "captions a split, with guidance: CLIPScore and recall beside CIDEr, BLEU, ROUGE-L, METEOR"),
     Row("clip4dm", "evaluate", "diptych.evaluate.clip4dm:Config", "Benchmark", "Extract Free Dense Misalignment from CLIP (AAAI 2025)", "which words of a caption do not fit the picture, and F-CLIPScore"),
     Row("augclip", "evaluate", "diptych.evaluate.augclip:Config", "Benchmark", "AugCLIP (CVPR 2025)", "score edits by the cosine to an estimated ideal edit"),
     Row("holistic-robustness", "evaluate", "diptych.evaluate.holistic_robustness:Config", "Benchmark", "Toward a Holistic Evaluation of Robustness in CLIP Models (TPAMI 2025)", "factors, calibration, out-of-distribution and cue conflict in one suite"),

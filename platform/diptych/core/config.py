@@ -23,7 +23,7 @@ class Config(BaseModel):
 
     unit: ClassVar[Mapping[str, str]] = {}
     directories: ClassVar[tuple[str, ...]] = ()
-    """Fields that name model directories: what lies in them counts for a phase's identity, as its parameters do."""
+    """Fields that name directories of models or other data: what lies in them counts for a phase's identity, as its parameters do."""
 
     @classmethod
     def parse(cls, data: object, where: str = "") -> Self:

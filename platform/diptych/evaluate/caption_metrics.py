@@ -1,8 +1,8 @@
-"""How near captions come to what people wrote: BLEU, ROUGE-L, CIDEr and METEOR's exact stage, on words.
+"""How near captions come to what people wrote: BLEU, ROUGE-L and CIDEr, on words.
 
 The figures of the field's usual scorer for captions, without its Java: the same formulas and constants, given the same words.
 Sources: Papineni et al., BLEU (ACL 2002); Lin, ROUGE (2004); Vedantam, Zitnick and Parikh, CIDEr (CVPR 2015), in the form CIDEr-D that is
-reported as CIDEr; Lavie and Agarwal, METEOR (2007).
+reported as CIDEr. METEOR is NLTK's (`meteor`); the scorer itself, on its own words, is `coco_agreement`.
 
 Shape legend: N captions, G orders of n-grams.
 """
@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,16 @@ SIGMA = 6.0
 ROUGE_BETA = 1.2
 TINY, SMALL = 1e-15, 1e-9
 """Added to BLEU's numerators and denominators by the usual scorer, so that no order is empty."""
+
+
+class Agreement(NamedTuple):
+    """How captions agree with their references: `cider_N`, `rouge_l_N` and `meteor_N` a caption; of the set `bleu_4`, and the counts it is of."""
+
+    cider_N: Floats
+    rouge_l_N: Floats
+    meteor_N: Floats
+    bleu_4: float
+    counts: BleuCounts
 
 
 def words_of(text: str) -> list[str]:
@@ -159,31 +168,3 @@ def _likeness(own: _Vector, other: _Vector, sigma: float) -> float:
     scale_G = own.norm_G * other.norm_G
     cosine_G = np.divide(dot_G, scale_G, out=np.zeros_like(dot_G), where=scale_G > 0)
     return float(cosine_G.mean()) * math.exp(-((own.pairs - other.pairs) ** 2) / (2 * sigma**2))
-
-
-# ---------------------------------------------------------------- METEOR, exact stage
-
-
-def meteor_exact(words: Words, references: Sequence[Words], alpha: float = 0.9, beta: float = 3.0, gamma: float = 0.5) -> float:
-    """METEOR of a caption in [0, 1] by equal words alone, against its best reference: no stems, no synonyms, no paraphrases.
-
-    A weighted harmonic mean of precision and recall, less for matches that are scattered over many chunks. Words are matched from
-    the end. The full metric needs a thesaurus; figures compare with each other and not with published ones.
-    """
-    return max((_meteor(words, other, alpha, beta, gamma) for other in references), default=0.0)
-
-
-def _meteor(words: Words, reference: Words, alpha: float, beta: float, gamma: float) -> float:
-    free = list(enumerate(reference))
-    matches: list[tuple[int, int]] = []
-    for at in range(len(words) - 1, -1, -1):
-        hit = next((place for place in range(len(free) - 1, -1, -1) if free[place][1] == words[at]), None)
-        if hit is not None:
-            matches.append((at, free.pop(hit)[0]))
-    if not matches:
-        return 0.0
-    matches.sort()
-    chunks = 1 + sum(after != (before[0] + 1, before[1] + 1) for before, after in pairwise(matches))
-    precision, recall = len(matches) / len(words), len(matches) / len(reference)
-    mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
-    return mean * float(1 - gamma * (chunks / len(matches)) ** beta)

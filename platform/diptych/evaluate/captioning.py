@@ -10,6 +10,8 @@ Shape legend: N captions, G orders of n-grams, R bootstrap replicates, D feature
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -19,11 +21,14 @@ from pydantic import Field, model_validator
 
 from diptych.core.chance import key_hashes, uniform
 from diptych.core.config import Config as BaseConfig
-from diptych.core.errors import DataError
+from diptych.core.config import headline
+from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import Encoder, Metric
-from diptych.evaluate.caption_metrics import BleuCounts, bleu, bleu_counts, bleu_of_sums, cider, meteor_exact, rouge_l, words_of
+from diptych.evaluate import coco_agreement
+from diptych.evaluate.caption_metrics import Agreement, bleu, bleu_counts, bleu_of_sums, cider, rouge_l, words_of
 from diptych.evaluate.clip_score import TEMPLATE, best_reference, clip_score, cosines, ref_clip_score
 from diptych.evaluate.encode import encode_texts
+from diptych.evaluate.meteor import Thesaurus, meteor, missing_files, read_wordnet
 from diptych.evaluate.ranks import target_rank
 from diptych.evaluate.resampling import bias_corrected, sums
 from diptych.evaluate.rows import Rows, of_split, preprocessing
@@ -37,7 +42,7 @@ Floats = NDArray[np.float64]
 class Config(BaseConfig):
     """Captions of a split, by the checkpoint itself, and their figures."""
 
-    directories: ClassVar[tuple[str, ...]] = ("scorer",)
+    directories: ClassVar[tuple[str, ...]] = ("scorer", "wordnet")
 
     method: Literal["captioning"] = "captioning"
     split: str = Field("test", min_length=1, description="the split to caption")
@@ -50,6 +55,14 @@ class Config(BaseConfig):
     template: str = Field(TEMPLATE, description="put before every caption for the scorer")
     recall_at: tuple[int, ...] = Field((1, 5), min_length=1, description="a caption should find its picture among the split's first k")
     references: str | None = Field(None, min_length=1, description="the source of the captions to compare with; null: all of a pair")
+    agreement: Literal["builtin", "coco"] = Field(
+        "builtin",
+        description="who scores captions beside the references; builtin: our formulas and NLTK's METEOR; coco: the field's own scorer, "
+        "for figures to be held beside published ones (pip install pycocoevalcap, and a Java)",
+    )
+    wordnet: str | None = Field(
+        None, min_length=1, description="directory of WordNet's database files, for METEOR with synonyms; null: `meteor_stem`, without them"
+    )
     names: str | None = Field(
         None, min_length=1, description="column with the name of what is shown, for the figures of naming; null: none"
     )
@@ -70,6 +83,18 @@ class Config(BaseConfig):
             raise ValueError("forms need names")
         return self
 
+    @model_validator(mode="after")
+    def _scorer_at_hand(self) -> Self:
+        if self.agreement == "coco":
+            if self.wordnet is not None:
+                raise ValueError("wordnet is builtin's: METEOR 1.5 of agreement: coco brings synonyms of its own")
+            coco_agreement.require()
+        if self.wordnet is not None and (missing := missing_files(Path(self.wordnet))):
+            expected = "a directory with WordNet's database files: of Debian's package wordnet-base, or nltk_data's corpora/wordnet"
+            got = f"<{self.wordnet} without {', '.join(missing)}>"
+            raise ConfigError.at(headline(1), "wordnet", got, expected, "install one of these and name its directory, or leave wordnet out")
+        return self
+
     def build(self) -> Captioning:
         """The benchmark."""
         return Captioning(self)
@@ -79,8 +104,9 @@ class Captioning:
     """The benchmark.
 
     Metrics: `clip_score`; `recall@k`, the share of captions that find their own picture; `words`, a caption's length; `distinct`, different
-    captions as a share of all; over pairs with references `ref_clip_score`, `cider`, `bleu_4`, `rouge_l`, `meteor_exact`, and `reference_match`, the
-    share of a pair's references that are the very caption. With `names`: `named`, the share that holds some name; `named_right`, the share whose only
+    captions as a share of all; over pairs with references `ref_clip_score`, `reference_match`, the share of a pair's references that are the very caption, and `cider`, `bleu_4`,
+    `rouge_l` and METEOR by `agreement`, which their settings name. METEOR is `meteor_stem` by equal words and stems; with `wordnet`, `meteor` of 2007;
+    by coco, `meteor` 1.5. With `names`: `named`, the share that holds some name; `named_right`, the share whose only
     name is the right one; `right_of_named`, that share among those that name (no row if none does).
     """
 
@@ -91,12 +117,15 @@ class Captioning:
         """The rows for the set `name`. Raises DataError for an encoder without model or pixels, ConfigError for one that cannot caption."""
         config = self.config
         pairs = of_split(pairs, config.split)
+        thesaurus = read_wordnet(Path(config.wordnet)) if config.wordnet is not None else None  # a broken one is told before the work
         texts = self.captions(encoder, pairs, seed)
-        settings = {**config.model_dump(mode="json", exclude={"method", "task", "batch_size"}), **preprocessing(encoder)}
+        apart = {"method", "task", "batch_size", "agreement", "wordnet"}
+        settings = {**config.model_dump(mode="json", exclude=apart), **preprocessing(encoder)}
         rows = Rows(name, config.task, pairs["key"].to_list(), seed, settings)
         references = [_references(captions, config.references) for captions in pairs["captions"].to_list()]
         named = self._naming(rows, pairs, texts) if config.names is not None else []
-        return [*self._fit(rows, encoder, pairs, texts, references), *_agreement(rows, texts, references), *named, *self._said(rows, texts)]
+        agreement = self._agreement(rows, texts, references, thesaurus)
+        return [*self._fit(rows, encoder, pairs, texts, references), *agreement, *named, *self._said(rows, texts)]
 
     def captions(self, encoder: Encoder, pairs: pl.DataFrame, seed: int) -> list[str]:
         """A caption of every pair; sampling draws by `(seed, key, position)`."""
@@ -145,12 +174,32 @@ class Captioning:
         """L2-normalised features of the pictures and of texts, by the scorer."""
         if self.config.scorer is None:
             return encoder.images(pairs), encoder.texts(texts)
-        from pathlib import Path
-
         from diptych.models import clip
 
         stored: Any = encoder
         return stored.auxiliary(pairs, self.config.scorer), encode_texts(clip.load(Path(self.config.scorer)).eval(), texts)
+
+    def _agreement(
+        self, rows: Rows, texts: Sequence[str], references: Sequence[Sequence[str]], thesaurus: Thesaurus | None
+    ) -> list[Metric]:
+        """How captions agree with the references of the pairs that have some."""
+        has_N = np.asarray([bool(others) for others in references])
+        if not has_N.any():
+            return []
+        rows, others = _of(rows, has_N), [held for held in references if held]
+        said = [text for text, has in zip(texts, has_N, strict=True) if has]
+        coco = self.config.agreement == "coco"
+        found = coco_agreement.agreement(said, others) if coco else _builtin(said, others, thesaurus)
+        by = replace(rows, settings={**rows.settings, "agreement": self.config.agreement})
+        of_meteor = replace(by, settings={**by.settings, "wordnet": self.config.wordnet})
+        match = [[words_of(text) for text in held].count(words_of(caption)) / len(held) for caption, held in zip(said, others, strict=True)]
+        return [
+            by.mean("cider", found.cider_N),
+            _bleu_row(by, found),
+            by.mean("rouge_l", found.rouge_l_N),
+            of_meteor.mean("meteor" if coco or thesaurus is not None else "meteor_stem", found.meteor_N),
+            rows.mean("reference_match", np.asarray(match)),
+        ]
 
     def _naming(self, rows: Rows, pairs: pl.DataFrame, texts: Sequence[str]) -> list[Metric]:
         """Whether captions say what is shown."""
@@ -190,26 +239,15 @@ def _of(rows: Rows, kept_N: NDArray[np.bool_]) -> Rows:
     return Rows(rows.set, rows.task, [key for key, kept in zip(rows.keys, kept_N, strict=True) if kept], rows.seed, rows.settings)
 
 
-def _agreement(rows: Rows, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[Metric]:
-    """How captions agree with the references of the pairs that have some."""
-    has_N = np.asarray([bool(others) for others in references])
-    if not has_N.any():
-        return []
-    rows = _of(rows, has_N)
-    said = [words_of(text) for text, has in zip(texts, has_N, strict=True) if has]
-    others = [[words_of(text) for text in held] for held in references if held]
-    each = list(zip(said, others, strict=True))
-    return [
-        rows.mean("cider", cider(said, others)),
-        _bleu_row(rows, bleu_counts(said, others)),
-        rows.mean("rouge_l", np.asarray([rouge_l(*pair) for pair in each])),
-        rows.mean("meteor_exact", np.asarray([meteor_exact(*pair) for pair in each])),
-        rows.mean("reference_match", np.asarray([held.count(words) / len(held) for words, held in each])),
-    ]
+def _builtin(captions: Sequence[str], references: Sequence[Sequence[str]], thesaurus: Thesaurus | None) -> Agreement:
+    said = [words_of(text) for text in captions]
+    others = [[words_of(text) for text in held] for held in references]
+    counts = bleu_counts(said, others)
+    rouge_l_N = np.asarray([rouge_l(*pair) for pair in zip(said, others, strict=True)])
+    return Agreement(cider(said, others), rouge_l_N, meteor(said, others, thesaurus), float(bleu(counts)[-1]), counts)
 
 
-def _bleu_row(rows: Rows, counts: BleuCounts) -> Metric:
+def _bleu_row(rows: Rows, found: Agreement) -> Metric:
     """BLEU-4 of the set, which is no mean over captions: its interval comes from resampled counts."""
-    value = float(bleu(counts)[-1])
-    low, high = bias_corrected(value, bleu_of_sums(sums(np.column_stack(counts), rows.seed, "bleu"))[:, -1])
-    return Metric(rows.set, rows.task, f"bleu_{counts.matched_NG.shape[1]}", value, len(rows.keys), low, high, rows.settings)
+    low, high = bias_corrected(found.bleu_4, bleu_of_sums(sums(np.column_stack(found.counts), rows.seed, "bleu"))[:, -1])
+    return Metric(rows.set, rows.task, "bleu_4", found.bleu_4, len(rows.keys), low, high, rows.settings)
