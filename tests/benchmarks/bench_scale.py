@@ -168,6 +168,7 @@ def work(rows: int, folder: Path) -> dict[str, Any]:
     dataset = PairDataset.open(home(folder) / "ingest")
     assert len(dataset) == rows
     taken: dict[str, Any] = {"start_mb": peak_mb()}
+    own = Own()
     cpu, wall = time.process_time(), time.monotonic()
     for phase, methods in CHAIN.items():
         before_s, before_wall_s = time.process_time(), time.monotonic()
@@ -185,13 +186,13 @@ def work(rows: int, folder: Path) -> dict[str, Any]:
         taken[phase] |= {"kept": len(dataset), "peak_mb": peak_mb()}
         for entry in dataset.manifest.ledger.left:
             taken[phase][entry.reason] = entry.count
-    return taken | {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "peak_mb": peak_mb()}
+    return taken | {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "peak_mb": peak_mb(), "own_mb": own.peak_mb()}
 
 
 @contextmanager
 def timed_parts() -> Iterator[Counter[str]]:
     """CPU seconds by method and part of its pass, while the block runs: what a cluster shares out, and what its driver does alone."""
-    from diptych.engine import passes
+    from diptych.engine import passes, pieces
 
     seconds: Counter[str] = Counter()
 
@@ -205,7 +206,7 @@ def timed_parts() -> Iterator[Counter[str]]:
         return wrapped
 
     own = {(passes, "_assemble"): passes._assemble}
-    for task in (passes._WithFeatures, passes._FoldTask, passes._Apply, passes._Route, passes._Decide, passes._Return):
+    for task in (pieces.WithFeatures, pieces.FoldTask, pieces.Apply, pieces.Route, pieces.Decide, pieces.Return):
         own[task, "__call__"] = task.__call__
     for (place, name), work in own.items():
         part = getattr(place, "__name__", "").rpartition(".")[2].strip("_").lower()
@@ -275,9 +276,33 @@ class Watched:
             self.files, self.size_bytes = max(self.files, files), max(self.size_bytes, sizes)
 
 
+class Own:
+    """The most anonymous memory of this process, by a look ten times a second: without the pages of mapped files, which any need takes back."""
+
+    def __init__(self) -> None:
+        self._peak_mb, self._over = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def peak_mb(self) -> float:
+        """Ends the watch: MB."""
+        self._over.set()
+        self._thread.join()
+        return self._peak_mb
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.1):
+            self._peak_mb = max(self._peak_mb, status_mb("RssAnon"))
+
+
 def peak_mb() -> float:
     """Largest resident memory of this process so far, MB. Unlike getrusage's, it does not start at the parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return status_mb("VmHWM")
+
+
+def status_mb(name: str) -> float:
+    """A line of /proc/self/status, MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -324,7 +349,7 @@ def main() -> None:
 
 STEPS: dict[str, Callable[[int, Path], dict[str, Any] | None]] = {"make": make, "plan": plan, "work": work}
 HEADINGS = (
-    "pairs", "curate, us a pair", "prune, us a pair", "CPU s", "wall s", "plan, s", "peak MB", "plan, MB", "scratch MB", "scratch files",
+    "pairs", "curate, us a pair", "prune, us a pair", "CPU s", "wall s", "plan, s", "peak MB", "own MB", "plan, MB", "scratch MB", "scratch files",
 )  # fmt: skip
 
 
@@ -336,7 +361,14 @@ def table_of(taken: dict[int, dict[str, Any]]) -> str:
         each = [f"{figures[phase]['cpu_s'] / rows * 1e6:.1f}" for phase in CHAIN]
         seconds = sum(told[phase]["seconds"] or 0.0 for phase in CHAIN)
         memory = max(told[phase]["memory_mb"] for phase in CHAIN)
-        sums = [f"{figures['cpu_s']:.1f}", f"{figures['wall_s']:.1f}", f"{seconds:.1f}", f"{figures['peak_mb']:.0f}", f"{memory:.0f}"]
+        sums = [
+            f"{figures['cpu_s']:.1f}",
+            f"{figures['wall_s']:.1f}",
+            f"{seconds:.1f}",
+            f"{figures['peak_mb']:.0f}",
+            f"{figures['own_mb']:.0f}",
+        ]
+        sums.append(f"{memory:.0f}")
         lines.append([f"{rows:,}", *each, *sums, f"{figures['scratch_mb']:.0f}", f"{figures['scratch_files']:,}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

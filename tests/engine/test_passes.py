@@ -13,7 +13,7 @@ from diptych.core import catalogue
 from diptych.core.config import Config
 from diptych.core.errors import ConfigError, DataError
 from diptych.core.points import PairMethod, Verdict
-from diptych.engine import passes
+from diptych.engine import mapped, passes, pieces
 from diptych.engine.features import FeatureSpec, compute, model
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session
@@ -152,6 +152,26 @@ def test_a_restart_repeats_only_the_table_in_flight(pairs: PairDataset, tmp_path
     assert not list((tmp_path / "scratch").iterdir()), "finished pieces are removed at the end"
 
 
+def test_a_method_that_is_done_leaves_what_it_kept_and_is_not_run_again(pairs: PairDataset, tmp_path: Path) -> None:
+    chain, counting = [config(values) for values in CHAIN], CountingConfig(folder=str(tmp_path))
+    (tmp_path / "fuse").touch()
+    with pytest.raises(DataError, match="Injected"):
+        go(pairs, tmp_path / "out", here(), [*chain, counting])
+    (work,) = (tmp_path / "scratch").iterdir()
+    left = {path.relative_to(work).as_posix() for path in work.glob("*/*")}
+    first = {name.split("/")[1][:5] for name in left if name.startswith("0-")}
+    assert first == {"left-", "repor"}, "what the first kept went into the second"
+    assert {"1-concept-pruning/kept-00000.arrow", "1-concept-pruning/report.json", "2-counting/kept-00000.arrow"} <= left
+    assert not [name for name in left if "route" in name or "decided" in name or "features" in name]
+    last = mapped.read(work / "1-concept-pruning" / "kept-00000.arrow")
+    assert not [name for name in last.columns if name.startswith(pieces.FEATURE)], "nobody reads the features after this"
+    (tmp_path / "fuse").unlink()
+    result = go(pairs, tmp_path / "out", here(), [*chain, counting])
+    whole = go(pairs, tmp_path / "whole" / "out", here(), chain)
+    assert result.read().equals(whole.read())
+    assert dict(list(result.manifest.phase.report.items())[:2]) == dict(whole.manifest.phase.report)
+
+
 # ---------------------------------------------------------------- methods that paint
 
 DISTIL: dict[str, Any] = {
@@ -194,7 +214,7 @@ def test_a_chain_of_steps_is_one_method_and_copies_name_their_twin(pairs: PairDa
 
 def test_pictures_are_held_a_slice_at_a_time(pairs: PairDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = go(pairs, tmp_path / "a" / "out", here(), [config({"method": "exact-duplicates"})])
-    monkeypatch.setattr(passes, "PIXEL_ROWS", 300)
+    monkeypatch.setattr(pieces, "PIXEL_ROWS", 300)
     held = []
     read_column = ShardReader.read_column
     monkeypatch.setattr(ShardReader, "read_column", lambda self, images: held.append(len(images)) or read_column(self, images))

@@ -9,7 +9,7 @@ Shape legend: N rows, P parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,11 +86,19 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame
 
 
+def at_once(path: Path, write: Callable[[Path], object]) -> Path:
+    """Lets `write` make a file beside `path`, then gives it that name; returns `path`."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    partial.replace(path)
+    return path
+
+
 def _write(table: pa.Table, path: Path) -> Path:
     import pyarrow as pa
 
-    partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
-        file.write_table(table)
-    partial.replace(path)
-    return path
+    def whole(partial: Path) -> None:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+
+    return at_once(path, whole)
