@@ -21,45 +21,41 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SUFFIX = ".arrow"
-STARTS = b"diptych.starts"
-"""Key of the index in a schema's metadata: the first row of every part and the end of the last, int64 `[P + 1]`."""
+INDEX = ".npy"
+"""What lies beside a table in parts: the first row of every part and the end of the last, int64 `[P + 1]`."""
 
 
 def write(frame: pl.DataFrame, path: Path) -> Path:
     """Writes a table under its name at once, or not at all; returns `path`."""
-    return _write(_arrow(frame), path)
+    # By polars: pyarrow would write every string that the rows' strings once lay among, and not these alone. In one piece: a file has one
+    # dictionary a column.
+    whole, newest = frame.rechunk(), pl.CompatLevel.newest()
+    return at_once(path, lambda partial: whole.write_ipc(partial, compression="uncompressed", compat_level=newest))
 
 
 def write_parts(frame: pl.DataFrame, part_N: NDArray[np.int64], parts: int, path: Path) -> Path:
     """Writes a table part by part: row n lies in part `part_N[n]` of `[0, parts)`, behind those that came before it."""
     start_P = np.concatenate([[0], np.bincount(part_N, minlength=parts).cumsum()]).astype(np.int64)
     assert len(start_P) == parts + 1, "a part beyond the last"
-    ordered = _arrow(frame[np.argsort(part_N, kind="stable")])
-    return _write(ordered.replace_schema_metadata({STARTS: start_P.tobytes()}), path)
+    np.save(path.with_suffix(INDEX), start_P)
+    return write(frame[np.argsort(part_N, kind="stable")], path)
 
 
 def read(path: Path) -> pl.DataFrame:
     """A table of a phase or of a pair dataset. Columns that are not looked at cost nothing where the file is a phase's own."""
-    if path.suffix != SUFFIX:
-        return pl.read_parquet(path)
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        return _frame(pa.ipc.open_file(source).read_all())
+    return _frame(_mapped(path)) if path.suffix == SUFFIX else pl.read_parquet(path)
 
 
 def read_part(paths: Iterable[Path], part: int) -> pl.DataFrame | None:
     """The rows that all files hold in this part, in the order of the files; None if none does."""
     import pyarrow as pa
 
-    found: list[pa.RecordBatch] = []
+    found = []
     for path in paths:
-        with pa.memory_map(str(path)) as source:
-            file = pa.ipc.open_file(source)
-            start_P = np.frombuffer(file.schema.metadata[STARTS], dtype=np.int64)
-            if start_P[part] < start_P[part + 1]:
-                found.append(file.get_batch(0).slice(start_P[part], start_P[part + 1] - start_P[part]))
-    return _frame(pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in found])) if found else None
+        start, end = np.load(path.with_suffix(INDEX), mmap_mode="r", allow_pickle=False)[part : part + 2].tolist()
+        if start < end:
+            found.append(_mapped(path).slice(start, end - start))
+    return _frame(pa.concat_tables(found)) if found else None
 
 
 def size_bytes(path: Path) -> int:
@@ -75,9 +71,11 @@ def remove(paths: Sequence[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _arrow(frame: pl.DataFrame) -> pa.Table:
-    # In one piece: a file has one dictionary a column, and its parts are slices of one batch.
-    return frame.rechunk().to_arrow(compat_level=pl.CompatLevel.newest())
+def _mapped(path: Path) -> pa.Table:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
@@ -92,13 +90,3 @@ def at_once(path: Path, write: Callable[[Path], object]) -> Path:
     write(partial)
     partial.replace(path)
     return path
-
-
-def _write(table: pa.Table, path: Path) -> Path:
-    import pyarrow as pa
-
-    def whole(partial: Path) -> None:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
-            file.write_table(table)
-
-    return at_once(path, whole)
