@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,17 @@ PART_ROWS = 10_000
 MAX_FILE_BYTES = 1 << 28
 MAX_FIELD_CHARS = 1 << 24
 _FAULT = "\0fault"  # no table has a column of this name
+# Numbers as a program writes them. `007` and digits that a float cannot hold are names, and stay text.
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
+_DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 
 class Config(BaseConfig):
-    """Where the pictures lie and what the table's columns mean. Further columns are kept: documented names as they are, others as `meta.`."""
+    """Where the pictures lie and what the table's columns mean.
+
+    Further columns are kept under `meta.NAME`; `label`, `label_name`, `language` and `weight` keep their names. Where every value of a
+    column of a CSV or TSV table is a number, it is a column of numbers.
+    """
 
     method: Literal["folder"] = "folder"
     path: str = Field(description="the folder")
@@ -58,6 +66,8 @@ class Folder(Source):
             raise DataError.at(
                 "The table lacks columns", path, sorted(rows[0]), f"the columns {', '.join(missing)}", "set `file` and `captions`"
             )
+        if path.suffix in (".csv", ".tsv"):
+            numbers(rows, {_FAULT, self.config.file, self.config.key, *self.config.captions, "split"})
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +128,18 @@ def _csv_rows(file: Any, path: Path) -> list[dict[str, Any]]:
         raise DataError.at("The table is not valid CSV", f"{path}:{reader.line_num}", error, "one row a line, quotes closed") from error
     finally:
         csv.field_size_limit(before)
+
+
+def numbers(rows: Sequence[dict[str, Any]], leave: Collection[str | None]) -> None:
+    """Turns columns of texts that are all numbers into numbers, in place and for the table as a whole; an empty field is no value."""
+    for name in {name: None for row in rows for name in row if name not in leave}:
+        values: set[str] = {row[name] for row in rows if row.get(name)}
+        kind = int if all(map(_WHOLE.fullmatch, values)) else float if all(map(_DECIMAL.fullmatch, values)) else None
+        if kind is None or not values:
+            continue
+        for row in rows:
+            if name in row:
+                row[name] = kind(row[name]) if row[name] not in (None, "") else None
 
 
 def _json_row(line: str) -> dict[str, Any]:
