@@ -69,6 +69,20 @@ def test_mistakes_are_explained_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_values_may_stand_behind_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "tiny", "--until", "caption", "train.optimizer.lrr=1"]) == 2
+    assert "train.optimizer.lrr" in capsys.readouterr().err
+    for arguments, said in (
+        (["run", "tiny", "--until", "caption", "seed=1", "--bogus"], "unrecognized arguments: --bogus"),
+        (["data", "show", "a", "b=c"], "unrecognized arguments: b=c"),
+        (["plan"], "required: workflow\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(said if said.endswith("\n") else f"{said}\n")
+
+
 def test_outside_a_project_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart"]) == 2
