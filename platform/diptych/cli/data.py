@@ -102,10 +102,10 @@ def diff(options: argparse.Namespace) -> int:
     place = next((index for index, step in enumerate(steps) if step.digest == a.digest), len(steps))
     between = steps[place + 1 : -1]
     found = algebra.diff(a, b, between)
-    counts = found.group_by("change", "reason").len().sort("len", descending=True)
+    counts = found.group_by("change", "reason", "method").len().sort("len", "change", "reason", descending=[True, False, False])
     sys.stdout.write(f"{len(a):,} pairs -> {len(b):,} pairs\n")
-    for change, reason, count in counts.iter_rows():
-        sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
+    for change, reason, method, count in counts.iter_rows():
+        sys.stdout.write(f"  {count:>9,} {change}{f': {reason} ({method})' if reason else ''}\n")
     if options.html:
         sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed, None, between)}\n")
     return 0
@@ -114,11 +114,12 @@ def diff(options: argparse.Namespace) -> int:
 def browse(options: argparse.Namespace) -> int:
     """`diptych data browse D`."""
     from diptych.pairs import browse as pages
-    from diptych.workflow import evidence
+    from diptych.workflow import chain, evidence
 
     dataset = _find(options.dataset)
+    before = chain.of(dataset)[-2:-1]
     out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.html")
-    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset))
+    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset), *before)
     sys.stdout.write(f"{written}\n")
     return 0
 

@@ -143,7 +143,7 @@ def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress:
 def summary(phase: str, figures: Mapping[str, Any]) -> str:
     """One line on what a phase did."""
     if "pairs_in" in figures:
-        left = figures.get("left", [])
+        left = sorted(figures.get("left", []), key=lambda entry: -entry["count"])
         named = [f"{entry['reason']} {entry['count']:,}" for entry in left[:REASONS]]
         rest = sum(entry["count"] for entry in left[REASONS:])
         reasons = ", ".join([*named, *([f"other reasons {rest:,}"] if rest else [])])
