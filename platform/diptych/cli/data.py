@@ -29,14 +29,26 @@ def _find(name: str) -> PairDataset:
     folder = Path(name)
     if (folder / NAME).exists():
         return PairDataset.open(folder)
-    known = _datasets(_runs()) if _in_project() else {}
-    if name in known:
-        return PairDataset.open(known[name])
+    inside = _in_project()
+    known = _datasets(_runs()) if inside else {}
+    short = name.removeprefix("runs/").rstrip("/")
+    if short in known:
+        return PairDataset.open(known[short])
+    if variation := _newest_variation(short, known):
+        sys.stderr.write(f"{short}: taken from {variation}, the newest run of that workflow\n")
+        return PairDataset.open(known[variation])
     shown = ", ".join(list(known)[:MOST_NAMED]) + (
         f" and {len(known) - MOST_NAMED:,} more, see `diptych data ls`" if len(known) > MOST_NAMED else ""
     )
-    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {shown or 'none yet'}",
-                         nearest(name, known))  # fmt: skip
+    expected = f"a folder with {NAME}" + (f", or one of {shown}" if known else "; this project has none yet" if inside else "")
+    raise ConfigError.at("There is no such pair dataset", "dataset", name, expected, nearest(short, known))
+
+
+def _newest_variation(name: str, known: dict[str, Path]) -> str | None:
+    """The newest `RUN+VARIATION/PHASE` for `RUN/PHASE`: a workflow that dvc.yaml does not list runs as a variation of itself."""
+    run, _, phase = name.partition("/")
+    found = [other for other in known if other.startswith(f"{run}+") and other.partition("/")[2] == phase]
+    return max(found, key=lambda other: (known[other] / NAME).stat().st_mtime_ns, default=None)
 
 
 def _in_project() -> bool:
