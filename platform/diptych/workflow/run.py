@@ -109,7 +109,7 @@ def _one(
     outcome.figures[phase] = figures
     outcome.ran.append(phase)
     outcome.reasons[phase] = state.reasons
-    progress.done(f"{summary(phase, figures)}")
+    progress.done(summary(phase, figures), figures["wall_s"])
 
 
 def run_phase(
@@ -182,7 +182,7 @@ def phase(workflow: Workflow, name: str) -> None:
         progress.start(name)
         with files.full_disk_explained(store.home):
             figures = run_phase(name, store, session, progress, None)
-        progress.done(summary(name, figures))
+        progress.done(summary(name, figures), figures["wall_s"])
 
 
 def contributions(store: Store, outcome: Outcome) -> list[str]:
