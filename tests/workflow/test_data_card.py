@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from diptych.core import catalogue
 from diptych.engine import passes
@@ -57,6 +59,19 @@ def test_figures_are_those_of_the_tables(run: list[PairDataset]) -> None:
     assert card.pictures.pairs == 300
     assert card.pictures.broken == 0
     assert card.missing == [] or "py3langid" in card.missing[0]
+
+
+def test_licences_of_pairs_stand_on_the_card(tmp_path: Path) -> None:
+    names = ["CC0", "", None, "CC BY 4.0", "CC BY 4.0", *"abcdef"]
+    lines = [json.dumps({"file": f"{row}.png", "caption": "t", "licence": name}) for row, name in enumerate(names)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    for row in range(len(names)):
+        Image.new("RGB", (8, 8), (row, 0, 0)).save(tmp_path / f"{row}.png")
+    folder = built("folder", path=str(tmp_path), table="t.jsonl")
+    dataset = ingest_all(folder.build(), tmp_path / "out", version="0", methods=(folder.plain(),))
+    card = data_card.measure(dataset, sample=1)
+    assert card.sources == {"folder": (11, {"licence": "CC BY 4.0 2, CC0 1, a 1, b 1, c 1, others 3, not said 2"})}
+    assert "licence CC BY 4.0 2, CC0 1" in data_card.text(card)
 
 
 def test_concepts_are_counted_before_and_after(run: list[PairDataset]) -> None:
