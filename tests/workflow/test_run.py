@@ -42,6 +42,13 @@ def test_a_line_names_the_most_frequent_reasons_and_counts_the_rest() -> None:
     assert run.summary("prune", {"pairs_in": 7, "kept": 7}) == "7 of 7 pairs kept"
 
 
+def test_a_line_says_how_many_captions_could_not_be_made() -> None:
+    figures = {"pairs_in": 7, "kept": 7, "captions_per_pair": 1.25, "report": {"0-a": {"captioned": 5, "captions_failed": 2}, "1-b": {}}}
+    assert run.summary("caption", figures) == "7 of 7 pairs kept, 1.2 captions a pair; 2 more could not be made"
+    figures["report"] = {"0-a": {"captions_failed": 0, "captions_long": 3}}
+    assert run.summary("caption", figures) == "7 of 7 pairs kept, 1.2 captions a pair"
+
+
 def test_a_run_leaves_outputs_ledgers_lock_report_and_mlflow_runs(project: Path, done: run.Outcome) -> None:
     assert done.ran == list(spec.PHASES)
     for phase in ("ingest", "curate", "prune", "caption"):

@@ -42,8 +42,8 @@ HASHES = frozenset({"meta.content", "meta.phash", "meta.dhash"})
 TOLD = frozenset({"meta.source", "language"})
 """Columns whose value speaks for itself; others are shown with their name."""
 
-MEASURED = frozenset({"meta.cluster", "meta.concepts"})
-"""Columns that a method measured, though they are not decimals."""
+MEASURED = frozenset({"meta.cluster", "meta.concepts", "meta.captioning_dropped", "meta.veclip_status", "meta.veclip_used"})
+"""Columns in which a method says what it found or did, though they are not decimals."""
 
 
 def contact_sheet(

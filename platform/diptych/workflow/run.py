@@ -28,6 +28,8 @@ from diptych.workflow.store import PlainStore, Store, open_store
 BARS = "▁▂▃▄▅▆▇█"
 REASONS = 3
 """Reasons why pairs left that a line names, the most frequent; the others it counts."""
+FAILED = ("captions_failed", "captions_error", "rewrites_failed")
+"""Where reports of caption methods count the captions that a server or a model failed to make."""
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -147,7 +149,7 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
         named = [f"{entry['reason']} {entry['count']:,}" for entry in left[:REASONS]]
         rest = sum(entry["count"] for entry in left[REASONS:])
         reasons = ", ".join([*named, *([f"other reasons {rest:,}"] if rest else [])])
-        captions = f", {figures['captions_per_pair']:.1f} captions a pair" if phase == "caption" else ""
+        captions = f", {figures['captions_per_pair']:.1f} captions a pair{_failed(figures)}" if phase == "caption" else ""
         return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
     if phase == "train" and "samples_seen" in figures:
         resumed = f", from step {figures['resumed_from']:,} on" if figures.get("resumed_from") else ""
@@ -159,6 +161,13 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     if phase == "compress":
         return "; ".join(_compressed(method, told) for method, told in (figures.get("report") or {}).items()) or "handed on"
     return "done"
+
+
+def _failed(figures: Mapping[str, Any]) -> str:
+    """How many captions could not be made, by the reports of the methods; a pair whose caption failed keeps those it has."""
+    reports = (figures.get("report") or {}).values()
+    failed = sum(report.get(name) or 0 for report in reports for name in FAILED)
+    return f"; {failed:,} more could not be made" if failed else ""
 
 
 def _compressed(method: str, told: Mapping[str, Any]) -> str:
