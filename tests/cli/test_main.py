@@ -108,6 +108,22 @@ def test_methods_show_parameters_defaults_and_paper(capsys: pytest.CaptureFixtur
     assert "default" in out
 
 
+def test_methods_show_the_keys_of_mappings_and_what_every_source_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "cfg-captioning"]) == 0
+    out = capsys.readouterr().out
+    assert "  endpoint: mapping | None, default None\n" in out
+    assert "  endpoint.base_url: str, required\n" in out
+    assert "Config" not in out
+    assert main(["methods", "sources"]) == 0
+    out = capsys.readouterr().out
+    assert "  sources.NAME.card.licence: str" in out
+    assert "  max_bad_share: float" in out
+    assert main(["methods"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    starts = {len(line) - len(line[2:].partition(" ")[2].lstrip()) for line in lines}
+    assert len(starts) == 1, "all in one column"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_name_the_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0

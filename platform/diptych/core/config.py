@@ -86,11 +86,12 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
         field = getattr(current, "model_fields", {}).get(part)
         if field is None:
             continue
-        current = next((kind for kind in _models_in(field.annotation)), current)
+        current = next((kind for kind in models_in(field.annotation)), current)
     return list(getattr(current, "model_fields", {}))
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field of this type may hold: itself, or those among the members of a union, a list or a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+    return [model for part in getattr(annotation, "__args__", ()) for model in models_in(part)]

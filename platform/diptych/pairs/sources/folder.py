@@ -35,7 +35,10 @@ class Config(BaseConfig):
 
     method: Literal["folder"] = "folder"
     path: str = Field(description="the folder")
-    table: str = Field(default="captions.csv", description="the table, relative to the folder; ends in .csv, .tsv, .jsonl or .ndjson")
+    table: str = Field(
+        default="captions.csv",
+        description="the table, relative to the folder; ends in .csv, .tsv, .jsonl or .ndjson; further columns are kept, as `meta.NAME`",
+    )
     file: str = Field(default="file", description="column of picture files, relative to the folder")
     captions: tuple[str, ...] = Field(default=("caption",), min_length=1, description="columns of captions")
     key: str | None = Field(default=None, description="column of keys; null: the file's name")
