@@ -83,6 +83,18 @@ def test_values_may_stand_behind_a_flag(capsys: pytest.CaptureFixture[str]) -> N
         assert capsys.readouterr().err.endswith(said if said.endswith("\n") else f"{said}\n")
 
 
+def test_a_folder_of_the_workflows_name_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "photos.yaml").write_text("nmae: photos\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "photos"]) == 2
+    assert "did you mean 'name'?" in capsys.readouterr().err
+
+
 def test_outside_a_project_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart"]) == 2
