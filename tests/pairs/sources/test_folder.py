@@ -98,11 +98,19 @@ def test_wrong_tables(root: Path) -> None:
     (root / "t.csv").write_text("picture,words\na.png,one\n")
     (root / "open.csv").write_text('file,caption\na.png,"never closed\n')
     (root / "t.xls").touch()
+    (root / "head.csv").write_text("file,caption\n")
+    (root / "semicolons.csv").write_text("file;caption\na.png;one\n")
+    (root / "folder.csv").mkdir()
     for table, message in (
-        ("none.csv", "cannot be read"),
-        ("t.csv", "lacks columns"),
+        ("none.csv", "is not there(.|\n)*the folder holds folder.csv, head.csv, open.csv, semicolons.csv, t.csv"),
+        ("folder.csv", "cannot be read(.|\n)*Is a directory"),
+        ("head.csv", "names no picture"),
+        ("t.csv", "lacks columns(.|\n)*set `file` and `captions`"),
+        ("semicolons.csv", "lacks columns(.|\n)*another separator"),
         ("t.xls", "unknown kind"),
         ("open.csv", "not valid CSV"),
     ):
         with pytest.raises(DataError, match=message):
             Config(path=str(root), table=table).build().parts()
+    with pytest.raises(DataError, match="There is no folder of pictures here"):
+        Config(path=str(root / "gone")).build().parts()

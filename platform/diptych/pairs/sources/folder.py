@@ -20,6 +20,10 @@ from diptych.pairs.sources.paths import captions_of, scalars
 PART_ROWS = 10_000
 MAX_FILE_BYTES = 1 << 28
 MAX_FIELD_CHARS = 1 << 24
+CSV, JSONL = (".csv", ".tsv"), (".jsonl", ".ndjson")
+MOST_NAMED = 8
+"""Tables that an error names."""
+
 _FAULT = "\0fault"  # no table has a column of this name
 # Numbers as a program writes them. `007` and digits that a float cannot hold are names, and stay text.
 _WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -60,16 +64,26 @@ class Folder(Source):
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         path = self.root / self.config.table
+        if not self.root.is_dir():
+            raise DataError.at("There is no folder of pictures here", "path", str(self.root), "a folder with pictures and a table")
+        if not path.exists():
+            tables = sorted(file.name for file in self.root.iterdir() if file.suffix in (*CSV, *JSONL))
+            raise DataError.at("The table that names the pictures is not there", path, "nothing",
+                               f"a table with the columns {', '.join((self.config.file, *self.config.captions))}",
+                               f"set `table`; the folder holds {', '.join(tables[:MOST_NAMED]) or 'no table'}")  # fmt: skip
         try:
             rows = read_table(path)
         except OSError as error:
-            raise DataError.at("The table cannot be read", path, error, "a readable file") from error
+            raise DataError.at("The table cannot be read", path, f"<{error.strerror or error}>", "a readable file") from error
+        if not rows:
+            raise DataError.at("The table names no picture", path, "<no rows>", "a line of column names, then a line a picture")
         missing = [name for name in (self.config.file, *self.config.captions) if not any(name in row for row in rows)]
-        if rows and missing:
-            raise DataError.at(
-                "The table lacks columns", path, sorted(rows[0]), f"the columns {', '.join(missing)}", "set `file` and `captions`"
-            )
-        if path.suffix in (".csv", ".tsv"):
+        if missing:
+            known = sorted(rows[0].keys() - {_FAULT})
+            odd = len(known) == 1 and path.suffix in CSV and any(sign in known[0] for sign in ";\t,|")
+            fix = f"{path.suffix} has another separator than this table" if odd else "set `file` and `captions` to the names of its columns"
+            raise DataError.at("The table lacks columns", path, known, f"the columns {', '.join(missing)}", fix)
+        if path.suffix in CSV:
             numbers(rows, {_FAULT, self.config.file, self.config.key, *self.config.captions, "split"})
         return rows
 
@@ -113,10 +127,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
     Bytes that are not UTF-8 come as lone surrogates. Raises OSError, and DataError for another ending.
     """
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in JSONL:
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             return [_json_row(line) for line in file if line.strip()]
-    if path.suffix not in (".csv", ".tsv"):
+    if path.suffix not in CSV:
         raise DataError.at("A table of unknown kind", path, path.suffix, ".csv, .tsv, .jsonl or .ndjson")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return _csv_rows(file, path)
