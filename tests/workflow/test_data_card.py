@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[PairDataset]:
 def test_the_chain_is_found_beside_the_dataset(run: list[PairDataset], tmp_path: Path) -> None:
     assert [step.digest for step in chain.of(run[-1])] == [step.digest for step in run]
     assert [step.digest for step in chain.of(run[0])] == [run[0].digest]
+
+
+def test_a_phase_that_another_run_made_is_found_there(run: list[PairDataset], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name, steps in (("a", run[:2]), ("a+123456", run[2:])):
+        for step in steps:
+            shutil.copytree(step.root, runs / name / step.root.name)
+    shutil.copytree(run[0].root / "shards", runs / "a+123456" / "ingest" / "shards")  # where the copied manifests look for them
+    last = PairDataset.open(runs / "a+123456" / run[2].root.name)
+    assert [step.digest for step in chain.of(last)] == [step.digest for step in run]
+    assert list(data_card.measure(last, sample=5).sources) == ["digits"]
+    shutil.rmtree(runs / "a")
+    alone = data_card.measure(last, sample=5)
+    assert list(alone.sources) == ["not known"]
+    assert "the datasets before the first step are not beside this one" in alone.missing
 
 
 def test_figures_are_those_of_the_tables(run: list[PairDataset]) -> None:
@@ -103,9 +119,7 @@ def test_page_and_text(run: list[PairDataset], tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_its_parents_says_so(run: list[PairDataset], tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(run[1].root.parent / "ingest", tmp_path / "far" / "ingest")
+    shutil.copytree(run[1].root.parent / "ingest", tmp_path / "far" / "off" / "ingest")
     shutil.copytree(run[1].root, tmp_path / "lone" / "curate")
     (tmp_path / "lone" / "ingest").mkdir()
     shutil.copytree(run[0].root / "shards", tmp_path / "lone" / "ingest" / "shards")

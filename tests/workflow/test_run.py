@@ -42,6 +42,15 @@ def test_a_line_names_the_most_frequent_reasons_and_counts_the_rest() -> None:
     assert run.summary("prune", {"pairs_in": 7, "kept": 7}) == "7 of 7 pairs kept"
 
 
+def test_a_reason_that_two_methods_give_is_told_with_the_method() -> None:
+    left = [
+        {"method": name, "reason": reason, "count": count}
+        for name, reason, count in (("a", "not drawn", 3), ("b", "dark", 2), ("c", "not drawn", 1))
+    ]
+    said = run.summary("prune", {"pairs_in": 9, "kept": 3, "left": left})
+    assert said == "3 of 9 pairs kept; left: not drawn (a) 3, dark 2, not drawn (c) 1"
+
+
 def test_a_line_says_how_many_captions_could_not_be_made() -> None:
     figures = {"pairs_in": 7, "kept": 7, "captions_per_pair": 1.25, "report": {"0-a": {"captioned": 5, "captions_failed": 2}, "1-b": {}}}
     assert run.summary("caption", figures) == "7 of 7 pairs kept, 1.2 captions a pair; 2 more could not be made"

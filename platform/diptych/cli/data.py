@@ -76,7 +76,7 @@ def ls(options: argparse.Namespace) -> int:
     for name, folder in found.items():
         manifest = PairDataset.open(folder).manifest
         methods = ", ".join(str(method.get("method")) for method in manifest.phase.methods)
-        sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods}\n")
+        sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods or 'handed on'}\n")
     return 0
 
 

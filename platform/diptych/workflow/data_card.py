@@ -115,6 +115,7 @@ def _sources(dataset: PairDataset, first: PairDataset) -> dict[str, tuple[int, M
     """Pairs by source with what the source says of itself; where it names no licence, those that its pairs have."""
     said: Mapping[str, Any] = first.manifest.phase.report.get("sources", {})
     names = [str(method.get("method")) for method in first.manifest.phase.methods] or [first.manifest.phase.phase]
+    names = ["not known"] if first.manifest.parents else names
     columns = set(dataset.scan().collect_schema().names())
     rows = dataset.scan().select(
         "key",

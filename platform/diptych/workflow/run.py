@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     """One line on what a phase did."""
     if "pairs_in" in figures:
         left = sorted(figures.get("left", []), key=lambda entry: -entry["count"])
-        named = [f"{entry['reason']} {entry['count']:,}" for entry in left[:REASONS]]
+        often = Counter(entry["reason"] for entry in left)
+        named = [f"{_reason(entry, often[entry['reason']] > 1)} {entry['count']:,}" for entry in left[:REASONS]]
         rest = sum(entry["count"] for entry in left[REASONS:])
         reasons = ", ".join([*named, *([f"other reasons {rest:,}"] if rest else [])])
         captions = f", {figures['captions_per_pair']:.1f} captions a pair{_failed(figures)}" if phase == "caption" else ""
@@ -161,6 +163,11 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     if phase == "compress":
         return "; ".join(_compressed(method, told) for method, told in (figures.get("report") or {}).items()) or "handed on"
     return "done"
+
+
+def _reason(entry: Mapping[str, Any], shared: bool) -> str:
+    """The reason, with its method where several methods give the same."""
+    return f"{entry['reason']} ({entry['method']})" if shared else str(entry["reason"])
 
 
 def _failed(figures: Mapping[str, Any]) -> str:
