@@ -144,6 +144,18 @@ def test_what_the_columns_said_of_a_pair_that_left_is_shown(make: Make, tmp_path
     assert "guidance 3" in Tags(difference_page(source, dataset, tmp_path / "diff.html").read_text()).text
 
 
+def test_settings_and_figures_of_the_methods_are_told(make: Make, tmp_path: Path) -> None:
+    a = make("a", ["x"])
+    method = {"method": "captioner", "guidance": 1.23456, "place": "append", "model": None, "nested": {"b": 1}, "names": ["p", "q"]}
+    record = PhaseRecord(phase="caption", methods=(method,), report={"0-captioner": {"captioned": 1, "labels": {"x": 2}}})
+    with DatasetWriter(tmp_path / "b", record, [a.digest], a.manifest.shards, pairs_in=1, shards_root=a.root) as writer:
+        writer.add(a.table(0), None)
+        dataset = writer.finish()
+    page = Tags(contact_sheet(dataset, tmp_path / "sheet.html").read_text())
+    assert "captioner guidance 1.235, place append, names ['p', 'q']reported: captioned 1" in page.text
+    assert "details" not in Tags(contact_sheet(a, tmp_path / "plain.html").read_text()).tags
+
+
 def test_lists_and_measured_columns_are_shown(make: Make, tmp_path: Path) -> None:
     dataset = make("a", ["x", "y"], **{"meta.concepts": [["plot", "gel"], []], "meta.cluster": [7, 8], "meta.year": [1999, 2000]})
     text = contact_sheet(dataset, tmp_path / "sheet.html").read_text()

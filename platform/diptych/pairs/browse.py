@@ -81,6 +81,7 @@ def contact_sheet(
     body = [
         f"<p class='note'>{len(dataset):,} pairs of {ledger.pairs_in:,}; phase {text(dataset.manifest.phase.phase)}; {digest.short(dataset.digest)}</p>",
         counts,
+        _settings(dataset),
         page.tools(("kept", "left") if few else (), scores=bool(few)),
         f"<div class='sides' style='--sides:{2 if few else 1}'>{kept}{gone}</div>",
     ]
@@ -136,6 +137,29 @@ def sample(rows: pl.LazyFrame, limit: int, seed: int) -> pl.DataFrame:
         return rows.collect()
     drawn = np.sort(np.argsort(chance.uniform(seed, chance.key_hashes(keys)), kind="stable")[:limit])
     return rows.with_row_index("_row").filter(pl.col("_row").is_in(drawn.tolist())).drop("_row").collect()
+
+
+def _settings(dataset: PairDataset) -> str:
+    """The methods of the phase with their settings, and the figures that they reported; what is nested stays in the manifest."""
+    phase = dataset.manifest.phase
+    lines = []
+    for place, method in enumerate(phase.methods):
+        name = str(method.get("method"))
+        found = phase.report.get(f"{place}-{name}", {})
+        said = {key: value for key, value in method.items() if key != "method"}, found if isinstance(found, Mapping) else {}
+        settings, figures = (", ".join(f"{key} {_short(value)}" for key, value in part.items() if _plain(value)) for part in said)
+        lines.append(f"<p><b>{text(name)}</b> {text(settings)}{f'<br>reported: {text(figures)}' if figures else ''}</p>")
+    return f"<details class='settings'><summary>methods and settings</summary>{''.join(lines)}</details>" if lines else ""
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, str | int | float) or (
+        isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value)
+    )
 
 
 def _with_columns(rows: pl.DataFrame, dataset: PairDataset | None) -> pl.DataFrame:
