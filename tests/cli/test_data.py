@@ -58,6 +58,27 @@ def test_a_project_without_datasets_says_so(project: Path, capsys: pytest.Captur
     assert "manifest.json; this project has none yet" in capsys.readouterr().err
 
 
+def test_an_ingest_replaces_a_dataset_and_nothing_else(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("photos", "other"):
+        (project / folder).mkdir()
+        (project / folder / "a.png").write_bytes(picture((1, 2, 3)))
+        (project / folder / "captions.csv").write_text("file,caption\na.png,one\n")
+    assert main(["data", "ingest", "folder", "photos", "path=photos"]) == 2
+    assert "would replace what the source reads" in capsys.readouterr().err
+    assert main(["data", "ingest", "folder", "other", "path=photos"]) == 2
+    assert "Something lies where the output goes" in capsys.readouterr().err
+    for folder in ("photos", "other"):
+        assert sorted(path.name for path in (project / folder).iterdir()) == ["a.png", "captions.csv"]
+    for _ in range(2):
+        assert main(["data", "ingest", "folder", "set", "path=photos"]) == 0
+    capsys.readouterr()
+    assert main(["data", "export", "set", "tars"]) == 0
+    assert main(["data", "ingest", "webdataset", "tars", "path=tars/*.tar"]) == 2
+    assert main(["data", "ingest", "sources", "tars", "sources={a: {data: {source: webdataset, path: 'tars/*.tar'}}}"]) == 2
+    assert capsys.readouterr().err.count("would replace what the source reads") == 2
+    assert [path.name for path in (project / "tars").iterdir()] == ["train-00000.tar"]
+
+
 def test_a_difference_names_the_method(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diptych.pairs.dataset import PairDataset
 

@@ -181,10 +181,37 @@ def ingest(options: argparse.Namespace) -> int:
     config = catalogue.config_class(row).parse(
         {"method": row.name} | {k: v for k, v in values.items() if k not in IngestConfig.model_fields}
     )
+    out = Path(options.out)
+    configs = [config, *getattr(config, "members", {}).values()]
+    _insist_replaceable(out, [path for one in configs for path in _local(getattr(one, "path", None))])
     how = IngestConfig.parse({key: value for key, value in values.items() if key in IngestConfig.model_fields})
-    dataset = ingest_all(config.build(), Path(options.out), config=how, version=__version__, methods=(config.plain(),))  # type: ignore[attr-defined]
+    dataset = ingest_all(config.build(), out, config=how, version=__version__, methods=(config.plain(),))  # type: ignore[attr-defined]
     ledger = dataset.manifest.ledger
     sys.stdout.write(f"{dataset.root}: {ledger.kept:,} of {ledger.pairs_in:,} pairs kept\n")
     for entry in ledger.left:
         sys.stdout.write(f"  {entry.count:>9,} left: {entry.reason}\n")
     return 0
+
+
+def _local(value: object) -> list[Path]:
+    """The local files and folders that a parameter of a source names."""
+    from diptych.pairs.sources.paths import local_files
+
+    named = [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
+    return [path for name in named for path in (Path(name), *local_files(name))]
+
+
+def _insist_replaceable(out: Path, sources: list[Path]) -> None:
+    """A dataset may be written anew; anything else that lies there, and what the source itself reads, is never replaced. Raises ConfigError."""
+    from diptych.core.errors import DiptychError
+    from diptych.pairs import files
+    from diptych.pairs.manifest import Manifest
+
+    place = out.resolve()
+    inside = next((path for path in sources if path.resolve().is_relative_to(place)), None)
+    if inside is not None and place.exists():
+        raise ConfigError.at("The output would replace what the source reads", "OUT", str(out), "another folder", f"{inside} lies in it")
+    try:
+        Manifest.load(place)
+    except DiptychError:
+        files.insist_free(place)
