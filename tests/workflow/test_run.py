@@ -241,6 +241,7 @@ def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
     assert ingest().ran == ["ingest"]
     assert ingest().cached
     assert main(["data", "ingest", "digits", str(project / "pairs"), "train=70"]) == 0
+    shutil.rmtree(project / "tars")
     assert main(["data", "export", str(project / "pairs"), str(project / "tars")]) == 0
     again = ingest()
     assert again.ran == ["ingest"]
