@@ -69,6 +69,32 @@ def test_mistakes_are_explained_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_values_may_stand_behind_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "tiny", "--until", "caption", "train.optimizer.lrr=1"]) == 2
+    assert "train.optimizer.lrr" in capsys.readouterr().err
+    for arguments, said in (
+        (["run", "tiny", "--until", "caption", "seed=1", "--bogus"], "unrecognized arguments: --bogus"),
+        (["data", "show", "a", "b=c"], "unrecognized arguments: b=c"),
+        (["plan"], "required: workflow\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(said if said.endswith("\n") else f"{said}\n")
+
+
+def test_a_folder_of_the_workflows_name_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "photos.yaml").write_text("nmae: photos\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "photos"]) == 2
+    assert "did you mean 'name'?" in capsys.readouterr().err
+
+
 def test_outside_a_project_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart"]) == 2
@@ -92,6 +118,22 @@ def test_methods_show_parameters_defaults_and_paper(capsys: pytest.CaptureFixtur
     assert "Demystifying CLIP Data" in out
     assert "threshold" in out
     assert "default" in out
+
+
+def test_methods_show_the_keys_of_mappings_and_what_every_source_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "cfg-captioning"]) == 0
+    out = capsys.readouterr().out
+    assert "  endpoint: mapping | None, default None\n" in out
+    assert "  endpoint.base_url: str, required\n" in out
+    assert "Config" not in out
+    assert main(["methods", "sources"]) == 0
+    out = capsys.readouterr().out
+    assert "  sources.NAME.card.licence: str" in out
+    assert "  max_bad_share: float" in out
+    assert main(["methods"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    starts = {len(line) - len(line[2:].partition(" ")[2].lstrip()) for line in lines}
+    assert len(starts) == 1, "all in one column"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -32,6 +32,18 @@ def test_every_problem_is_reported_at_once_with_its_path() -> None:
     assert found["train.inner.lr"].got == "-1"
 
 
+def test_types_are_named_in_words_of_yaml() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Outer.parse({"inner": {"lr": "1e-3"}, "sizes": {"a": 1}})
+    found = {problem.where: (problem.expected, problem.fix) for problem in caught.value.problems}
+    assert found["inner.lr"] == ("a number", "take the quotes away: what stands in quotes is text")
+    assert found["sizes"] == ("a list, as in `[…]`", "")
+    with pytest.raises(ConfigError) as caught:
+        Outer.parse({"inner": [], "sizes": ["two"]})
+    found = {problem.where: (problem.expected, problem.fix) for problem in caught.value.problems}
+    assert found == {"inner": ("a mapping, as in `{key: value}`", ""), "sizes.0": ("a whole number", "")}
+
+
 def test_values_are_never_coerced_but_lists_become_tuples() -> None:
     assert Outer.parse({"sizes": [3, 4]}).sizes == (3, 4)
     assert Inner.parse({"lr": 1}).lr == 1.0

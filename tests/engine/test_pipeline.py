@@ -71,6 +71,24 @@ def test_our_lock_is_the_lock_that_repro_leaves(folder: Path) -> None:
     assert (folder / "dvc.lock").read_text() == ours
 
 
+def test_a_stage_that_never_ran_says_so(folder: Path) -> None:
+    pipeline = Pipeline(folder, "w", PHASES)
+    with pipeline.locked():
+        assert pipeline.state("first").reasons == ("never ran",)
+        work(folder, pipeline, "first")
+        assert pipeline.state("first").reasons == ()
+        assert pipeline.state("second").reasons == ("never ran",)
+
+
+def test_code_that_is_not_there_is_refused_before_the_work(folder: Path) -> None:
+    (folder / "code").rename(folder / "elsewhere")
+    with pytest.raises(ConfigError, match="not in this project") as refused:
+        Pipeline(folder, "w", PHASES)
+    (problem,) = refused.value.problems
+    assert problem.got == "'no code'"
+    assert problem.fix.startswith("ln -s ")
+
+
 def test_reasons_name_the_parameter_and_the_folder(folder: Path) -> None:
     dvc(folder, "repro")
     (folder / "workflows/w.yaml").write_text("seed: 0\ntrain: {lr: 0.2}\n")

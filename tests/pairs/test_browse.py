@@ -131,6 +131,48 @@ def test_a_copy_stands_beside_its_twin(make: Make, tmp_path: Path) -> None:
     assert "score 0.900" in page.text
 
 
+def test_what_the_columns_said_of_a_pair_that_left_is_shown(make: Make, tmp_path: Path) -> None:
+    dataset = rejected(make, tmp_path)
+    source = PairDataset.open(tmp_path / "source")
+    text = contact_sheet(dataset, tmp_path / "sheet.html", before=source).read_text()
+    page = Tags(text)
+    assert "Left (2 of 2 shown)" in page.text
+    assert "guidance 3" in page.text
+    assert "guidance 4" in page.text
+    assert "data-source='album'" in text
+    assert "guidance 3" not in Tags(contact_sheet(dataset, tmp_path / "alone.html").read_text()).text
+    assert "guidance 3" in Tags(difference_page(source, dataset, tmp_path / "diff.html").read_text()).text
+
+
+def test_settings_and_figures_of_the_methods_are_told(make: Make, tmp_path: Path) -> None:
+    a = make("a", ["x"])
+    method = {"method": "captioner", "guidance": 1.23456, "place": "append", "model": None, "nested": {"b": 1}, "names": ["p", "q"]}
+    record = PhaseRecord(phase="caption", methods=(method,), report={"0-captioner": {"captioned": 1, "labels": {"x": 2}}})
+    with DatasetWriter(tmp_path / "b", record, [a.digest], a.manifest.shards, pairs_in=1, shards_root=a.root) as writer:
+        writer.add(a.table(0), None)
+        dataset = writer.finish()
+    page = Tags(contact_sheet(dataset, tmp_path / "sheet.html").read_text())
+    assert "captioner guidance 1.235, place append, names ['p', 'q']reported: captioned 1" in page.text
+    assert "details" not in Tags(contact_sheet(a, tmp_path / "plain.html").read_text()).tags
+
+
+def test_lists_and_measured_columns_are_shown(make: Make, tmp_path: Path) -> None:
+    dataset = make("a", ["x", "y"], **{"meta.concepts": [["plot", "gel"], []], "meta.cluster": [7, 8], "meta.year": [1999, 2000]})
+    text = contact_sheet(dataset, tmp_path / "sheet.html").read_text()
+    assert "<div class='chips'><span>cluster 7</span><span>concepts plot, gel</span></div><details>" in text
+    assert text.count("<summary>1 more columns</summary>") == 2
+
+
+def test_a_changed_column_is_shown_with_its_value(make: Make, tmp_path: Path) -> None:
+    a = make("a", ["x", "y"], **{"meta.cluster": [1, 1]})
+    b = make("b", ["x", "y"], **{"meta.cluster": [1, 1], "meta.kind": ["cat", "dog"], "meta.gone": [["a rewrite"], []]})
+    page = Tags(difference_page(a, b, tmp_path / "diff.html").read_text())
+    assert "kind cat" in page.text
+    assert "gone a rewrite" in page.text
+    assert "changed: meta" not in page.text
+    assert "captions_before" not in page.text
+
+
 def test_evidence_is_shown_as_text(make: Make, tmp_path: Path) -> None:
     def evidence(rows: pl.DataFrame) -> dict[str, list[str]]:
         return {key: [f"{EVIL} 7 → 3"] for key in rows["key"] if key == "b"}

@@ -80,16 +80,24 @@ def test_parquet_holds_bytes(make: Make, tmp_path: Path) -> None:
     assert frame.columns == ["key", "image", "captions", "split", "width", "height"]
 
 
-def test_failure_leaves_the_old_export(make: Make, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(make: Make, tmp_path: Path) -> None:
     dataset = make("d", ["a"])
-    export(dataset, tmp_path / "out", "webdataset")
-    before = (tmp_path / "out" / "train-00000.tar").read_bytes()
     next((dataset.root / "shards").iterdir()).write_bytes(b"")
     for to in ("webdataset", "parquet"):
         with pytest.raises(DataError, match="shorter than its index"):
             export(dataset, tmp_path / "out", to)
-    assert (tmp_path / "out" / "train-00000.tar").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_lies_there_is_never_replaced(make: Make, tmp_path: Path) -> None:
+    dataset, out = make("d", ["a"]), tmp_path / "out"
+    out.mkdir()
+    assert len(export(dataset, out, "webdataset")) == 1, "an empty folder is free"
+    with pytest.raises(ConfigError, match=r"(?s)Something lies where the output goes.*train-00000\.tar"):
+        export(dataset, out, "parquet")
+    with pytest.raises(ConfigError, match="a file"):
+        export(dataset, out / "train-00000.tar", "parquet")
+    assert [path.name for path in out.iterdir()] == ["train-00000.tar"]
 
 
 def test_unknown_format(make: Make, tmp_path: Path) -> None:

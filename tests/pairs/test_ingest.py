@@ -126,7 +126,10 @@ def test_too_many_bad_pairs_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         one(tmp_path / "out", *pairs, config=IngestConfig(max_bad_share=0.7))
     assert "3 of 4 pairs" in caught.value.headline
-    assert [(problem.where, problem.got) for problem in caught.value.problems] == [("not an image", "2 pairs"), ("no image", "1 pairs")]
+    assert [(problem.where, problem.got) for problem in caught.value.problems] == [
+        ("not an image", "2 pairs, e.g. a, c"),
+        ("no image", "1 pair, e.g. b"),
+    ]
     assert list(tmp_path.iterdir()) == []
     assert len(one(tmp_path / "out", *pairs, config=IngestConfig(max_bad_share=0.75))) == 1
 

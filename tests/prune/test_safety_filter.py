@@ -76,6 +76,17 @@ def test_wrong_configurations(values: dict[str, object]) -> None:
         Config.parse(values)
 
 
+def test_a_column_that_holds_no_numbers_is_explained() -> None:
+    pairs = pool([0.1]).with_columns(pl.lit("x").alias("meta.nsfw"))
+    with pytest.raises(DataError) as text:
+        Config(column="meta.nsfw").build(0).apply(pairs, None)
+    assert (text.value.problems[0].got, text.value.problems[0].fix) == ("<String>", "mend what is not a number in the source")
+    with pytest.raises(DataError) as missing:
+        Config(column="meta.punsave").build(0).apply(pairs, None)
+    assert missing.value.problems[0].expected == "a column of numbers: meta.punsafe"
+    assert missing.value.problems[0].fix == "did you mean 'meta.punsafe'?"
+
+
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(DataError, match=r"meta\.nsfw"):
         Config(column="meta.nsfw").build(0).apply(pool([0.1]), None)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 
+from diptych.core import catalogue
 from diptych.core.chance import key_hashes
+from diptych.engine.pipeline import StageState
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.manifest import PhaseRecord, ShardEntry
 from diptych.pairs.schema import CAPTIONS, IMAGE
 from diptych.pairs.write import DatasetWriter
-from diptych.workflow import costs
+from diptych.workflow import costs, plan
 
 
 def dataset(folder: Path, tables: int, rows: int) -> PairDataset:
@@ -50,6 +53,35 @@ def test_a_probe_reads_few_of_many_tables_one_at_a_time(tmp_path: Path, monkeypa
     assert len(costs._few(pairs, tmp_path / "few", 1000)) == 3 * len(read)
     assert len(read) <= costs.PROBE_TABLES
     assert read[-1] >= 45
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ({"method": "laclip", "rewriter": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}, "a server"),
+        (
+            {"method": "veclip", "captioner": "endpoint", "vision": {"base_url": "http://127.0.0.1:9", "model": "m", "api": "chat"}},
+            "a server",
+        ),
+        ({"method": "cfg-captioning", "captioner": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:9", "model": "m"}}, "a server"),
+        ({"method": "clip-score-filter", "keep": 0.5}, "a scout"),
+    ],
+)
+def test_a_probe_asks_no_server_and_trains_no_scout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, object], why: str
+) -> None:
+    pairs = dataset(tmp_path, tables=1, rows=8)
+    monkeypatch.setattr(costs, "_timed_pass", lambda *_: pytest.fail("probed"))
+    config = catalogue.config_class(catalogue.find(str(method["method"]))).parse(method)
+    store = SimpleNamespace(workflow=SimpleNamespace(methods=lambda _: (config,)))
+    cost = costs._pass("caption", store, pairs)  # type: ignore[arg-type]
+    assert (cost.rows, cost.seconds) == (6, None)
+    assert cost.unmeasured.startswith(why)
+    state = StageState("caption", ("never ran",))
+    named = SimpleNamespace(name="n", workflow=SimpleNamespace(digest="sha256:0"))
+    lines = [plan.Line("caption", state, cost), plan.Line("train", state, costs.Cost())]
+    said = plan.text(named, lines).splitlines()[-1]  # type: ignore[arg-type]
+    assert said == f"  0.0 s expected; without caption: {cost.unmeasured}; without train: nothing to measure on yet"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from diptych.core import catalogue
 from diptych.engine import passes
@@ -43,6 +46,21 @@ def test_the_chain_is_found_beside_the_dataset(run: list[PairDataset], tmp_path:
     assert [step.digest for step in chain.of(run[0])] == [run[0].digest]
 
 
+def test_a_phase_that_another_run_made_is_found_there(run: list[PairDataset], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name, steps in (("a", run[:2]), ("a+123456", run[2:])):
+        for step in steps:
+            shutil.copytree(step.root, runs / name / step.root.name)
+    shutil.copytree(run[0].root / "shards", runs / "a+123456" / "ingest" / "shards")  # where the copied manifests look for them
+    last = PairDataset.open(runs / "a+123456" / run[2].root.name)
+    assert [step.digest for step in chain.of(last)] == [step.digest for step in run]
+    assert list(data_card.measure(last, sample=5).sources) == ["digits"]
+    shutil.rmtree(runs / "a")
+    alone = data_card.measure(last, sample=5)
+    assert list(alone.sources) == ["not known"]
+    assert "the datasets before the first step are not beside this one" in alone.missing
+
+
 def test_figures_are_those_of_the_tables(run: list[PairDataset]) -> None:
     card = data_card.measure(run[-1], sample=300)
     assert [(phase, came, kept) for phase, _, came, kept, _ in card.steps] == [
@@ -57,6 +75,19 @@ def test_figures_are_those_of_the_tables(run: list[PairDataset]) -> None:
     assert card.pictures.pairs == 300
     assert card.pictures.broken == 0
     assert card.missing == [] or "py3langid" in card.missing[0]
+
+
+def test_licences_of_pairs_stand_on_the_card(tmp_path: Path) -> None:
+    names = ["CC0", "", None, "CC BY 4.0", "CC BY 4.0", *"abcdef"]
+    lines = [json.dumps({"file": f"{row}.png", "caption": "t", "licence": name}) for row, name in enumerate(names)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    for row in range(len(names)):
+        Image.new("RGB", (8, 8), (row, 0, 0)).save(tmp_path / f"{row}.png")
+    folder = built("folder", path=str(tmp_path), table="t.jsonl")
+    dataset = ingest_all(folder.build(), tmp_path / "out", version="0", methods=(folder.plain(),))
+    card = data_card.measure(dataset, sample=1)
+    assert card.sources == {"folder": (11, {"licence": "CC BY 4.0 2, CC0 1, a 1, b 1, c 1, others 3, not said 2"})}
+    assert "licence CC BY 4.0 2, CC0 1" in data_card.text(card)
 
 
 def test_concepts_are_counted_before_and_after(run: list[PairDataset]) -> None:
@@ -88,9 +119,7 @@ def test_page_and_text(run: list[PairDataset], tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_its_parents_says_so(run: list[PairDataset], tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(run[1].root.parent / "ingest", tmp_path / "far" / "ingest")
+    shutil.copytree(run[1].root.parent / "ingest", tmp_path / "far" / "off" / "ingest")
     shutil.copytree(run[1].root, tmp_path / "lone" / "curate")
     (tmp_path / "lone" / "ingest").mkdir()
     shutil.copytree(run[0].root / "shards", tmp_path / "lone" / "ingest" / "shards")

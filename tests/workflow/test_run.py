@@ -35,11 +35,27 @@ def done(project: Path) -> run.Outcome:
 
 
 def test_a_line_names_the_most_frequent_reasons_and_counts_the_rest() -> None:
-    left = [{"reason": reason, "count": count} for reason, count in (("a", 9), ("b", 5), ("c", 3), ("d", 2), ("e", 1))]
+    left = [{"reason": reason, "count": count} for reason, count in (("d", 2), ("c", 3), ("a", 9), ("e", 1), ("b", 5))]
     figures = {"pairs_in": 100, "kept": 80, "left": left}
     assert run.summary("curate", figures) == "80 of 100 pairs kept; left: a 9, b 5, c 3, other reasons 3"
-    assert run.summary("curate", {**figures, "kept": 91, "left": left[:1]}) == "91 of 100 pairs kept; left: a 9"
+    assert run.summary("curate", {**figures, "kept": 91, "left": left[2:3]}) == "91 of 100 pairs kept; left: a 9"
     assert run.summary("prune", {"pairs_in": 7, "kept": 7}) == "7 of 7 pairs kept"
+
+
+def test_a_reason_that_two_methods_give_is_told_with_the_method() -> None:
+    left = [
+        {"method": name, "reason": reason, "count": count}
+        for name, reason, count in (("a", "not drawn", 3), ("b", "dark", 2), ("c", "not drawn", 1))
+    ]
+    said = run.summary("prune", {"pairs_in": 9, "kept": 3, "left": left})
+    assert said == "3 of 9 pairs kept; left: not drawn (a) 3, dark 2, not drawn (c) 1"
+
+
+def test_a_line_says_how_many_captions_could_not_be_made() -> None:
+    figures = {"pairs_in": 7, "kept": 7, "captions_per_pair": 1.25, "report": {"0-a": {"captioned": 5, "captions_failed": 2}, "1-b": {}}}
+    assert run.summary("caption", figures) == "7 of 7 pairs kept, 1.2 captions a pair; 2 more could not be made"
+    figures["report"] = {"0-a": {"captions_failed": 0, "captions_long": 3}}
+    assert run.summary("caption", figures) == "7 of 7 pairs kept, 1.2 captions a pair"
 
 
 def test_a_run_leaves_outputs_ledgers_lock_report_and_mlflow_runs(project: Path, done: run.Outcome) -> None:
@@ -225,6 +241,7 @@ def test_a_changed_source_file_runs_ingest_again(project: Path) -> None:
     assert ingest().ran == ["ingest"]
     assert ingest().cached
     assert main(["data", "ingest", "digits", str(project / "pairs"), "train=70"]) == 0
+    shutil.rmtree(project / "tars")
     assert main(["data", "export", str(project / "pairs"), str(project / "tars")]) == 0
     again = ingest()
     assert again.ran == ["ingest"]

@@ -41,6 +41,15 @@ def test_a_method_of_another_phase_is_named_as_such() -> None:
         check(prune=[{"method": "metaclip"}])
 
 
+def test_an_unknown_key_of_the_data_may_be_one_of_the_ingest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(data={"source": "folder", "path": "photos", "max_bad_shre": 0.5, "tabel": "a.csv"})
+    found = {problem.where: problem for problem in caught.value.problems}
+    assert found["data.max_bad_shre"].fix == "did you mean 'max_bad_share'?"
+    assert found["data.tabel"].fix == "did you mean 'table'?"
+    assert found["data.tabel"].expected.startswith("one of the keys source, path, table, ")
+
+
 def test_a_missing_phase_is_refused_since_dvc_locks_every_key() -> None:
     raw = copy.deepcopy(WORKFLOW)
     del raw["compress"]

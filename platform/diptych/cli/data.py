@@ -29,14 +29,26 @@ def _find(name: str) -> PairDataset:
     folder = Path(name)
     if (folder / NAME).exists():
         return PairDataset.open(folder)
-    known = _datasets(_runs()) if _in_project() else {}
-    if name in known:
-        return PairDataset.open(known[name])
+    inside = _in_project()
+    known = _datasets(_runs()) if inside else {}
+    short = name.removeprefix("runs/").rstrip("/")
+    if short in known:
+        return PairDataset.open(known[short])
+    if variation := _newest_variation(short, known):
+        sys.stderr.write(f"{short}: taken from {variation}, the newest run of that workflow\n")
+        return PairDataset.open(known[variation])
     shown = ", ".join(list(known)[:MOST_NAMED]) + (
         f" and {len(known) - MOST_NAMED:,} more, see `diptych data ls`" if len(known) > MOST_NAMED else ""
     )
-    raise ConfigError.at("There is no such pair dataset", "dataset", name, f"a folder with {NAME}, or one of {shown or 'none yet'}",
-                         nearest(name, known))  # fmt: skip
+    expected = f"a folder with {NAME}" + (f", or one of {shown}" if known else "; this project has none yet" if inside else "")
+    raise ConfigError.at("There is no such pair dataset", "dataset", name, expected, nearest(short, known))
+
+
+def _newest_variation(name: str, known: dict[str, Path]) -> str | None:
+    """The newest `RUN+VARIATION/PHASE` for `RUN/PHASE`: a workflow that dvc.yaml does not list runs as a variation of itself."""
+    run, _, phase = name.partition("/")
+    found = [other for other in known if other.startswith(f"{run}+") and other.partition("/")[2] == phase]
+    return max(found, key=lambda other: (known[other] / NAME).stat().st_mtime_ns, default=None)
 
 
 def _in_project() -> bool:
@@ -64,7 +76,7 @@ def ls(options: argparse.Namespace) -> int:
     for name, folder in found.items():
         manifest = PairDataset.open(folder).manifest
         methods = ", ".join(str(method.get("method")) for method in manifest.phase.methods)
-        sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods}\n")
+        sys.stdout.write(f"  {name:<32} {manifest.rows:>10,} pairs   {methods or 'handed on'}\n")
     return 0
 
 
@@ -102,10 +114,10 @@ def diff(options: argparse.Namespace) -> int:
     place = next((index for index, step in enumerate(steps) if step.digest == a.digest), len(steps))
     between = steps[place + 1 : -1]
     found = algebra.diff(a, b, between)
-    counts = found.group_by("change", "reason").len().sort("len", descending=True)
+    counts = found.group_by("change", "reason", "method").len().sort("len", "change", "reason", descending=[True, False, False])
     sys.stdout.write(f"{len(a):,} pairs -> {len(b):,} pairs\n")
-    for change, reason, count in counts.iter_rows():
-        sys.stdout.write(f"  {count:>9,} {change}{f': {reason}' if reason else ''}\n")
+    for change, reason, method, count in counts.iter_rows():
+        sys.stdout.write(f"  {count:>9,} {change}{f': {reason} ({method})' if reason else ''}\n")
     if options.html:
         sys.stdout.write(f"  {browse.difference_page(a, b, Path(options.html), options.limit, options.seed, None, between)}\n")
     return 0
@@ -114,11 +126,12 @@ def diff(options: argparse.Namespace) -> int:
 def browse(options: argparse.Namespace) -> int:
     """`diptych data browse D`."""
     from diptych.pairs import browse as pages
-    from diptych.workflow import evidence
+    from diptych.workflow import chain, evidence
 
     dataset = _find(options.dataset)
+    before = chain.of(dataset)[-2:-1]
     out = Path(options.out) if options.out else dataset.root.with_name(f"{dataset.root.name}.html")
-    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset))
+    written = pages.contact_sheet(dataset, out, options.limit, options.seed, evidence.of_phase(dataset), *before)
     sys.stdout.write(f"{written}\n")
     return 0
 
@@ -168,10 +181,37 @@ def ingest(options: argparse.Namespace) -> int:
     config = catalogue.config_class(row).parse(
         {"method": row.name} | {k: v for k, v in values.items() if k not in IngestConfig.model_fields}
     )
+    out = Path(options.out)
+    configs = [config, *getattr(config, "members", {}).values()]
+    _insist_replaceable(out, [path for one in configs for path in _local(getattr(one, "path", None))])
     how = IngestConfig.parse({key: value for key, value in values.items() if key in IngestConfig.model_fields})
-    dataset = ingest_all(config.build(), Path(options.out), config=how, version=__version__, methods=(config.plain(),))  # type: ignore[attr-defined]
+    dataset = ingest_all(config.build(), out, config=how, version=__version__, methods=(config.plain(),))  # type: ignore[attr-defined]
     ledger = dataset.manifest.ledger
     sys.stdout.write(f"{dataset.root}: {ledger.kept:,} of {ledger.pairs_in:,} pairs kept\n")
     for entry in ledger.left:
         sys.stdout.write(f"  {entry.count:>9,} left: {entry.reason}\n")
     return 0
+
+
+def _local(value: object) -> list[Path]:
+    """The local files and folders that a parameter of a source names."""
+    from diptych.pairs.sources.paths import local_files
+
+    named = [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
+    return [path for name in named for path in (Path(name), *local_files(name))]
+
+
+def _insist_replaceable(out: Path, sources: list[Path]) -> None:
+    """A dataset may be written anew; anything else that lies there, and what the source itself reads, is never replaced. Raises ConfigError."""
+    from diptych.core.errors import DiptychError
+    from diptych.pairs import files
+    from diptych.pairs.manifest import Manifest
+
+    place = out.resolve()
+    inside = next((path for path in sources if path.resolve().is_relative_to(place)), None)
+    if inside is not None and place.exists():
+        raise ConfigError.at("The output would replace what the source reads", "OUT", str(out), "another folder", f"{inside} lies in it")
+    try:
+        Manifest.load(place)
+    except DiptychError:
+        files.insist_free(place)

@@ -20,7 +20,8 @@ def load(options: argparse.Namespace) -> Workflow:
     from diptych.workflow.project import Project
 
     path = Path(options.workflow)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+    # The folder of the data may have the workflow's name, so that only a file is taken for the workflow itself.
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
         path = Project.find(Path.cwd()).workflow_path(options.workflow)
     return spec.load(path.resolve(), options.overrides)
 

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     _complete(parser)
-    options = parser.parse_args(arguments)
+    options = _parsed(parser, arguments)
     if not hasattr(options, "call"):
         parser.print_help()
         return 0
@@ -37,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped cleanly; the same command continues from here\n")
         return 130
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. `key=value` may also stand behind a flag, where argparse takes no more of them."""
+    options, rest = parser.parse_known_args(arguments)
+    name = next((name for name in ("overrides", "parameters") if hasattr(options, name)), None)
+    unknown = [word for word in rest if name is None or "=" not in word or word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if name is not None:
+        setattr(options, name, [*getattr(options, name), *rest])
+    return options
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +104,7 @@ def _verb(
 
 def _workflow(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workflow", help=WORKFLOW)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDE)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
 
 
 def _tracking(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +130,7 @@ def _run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     evaluate = _verb(verbs, "evaluate", "measure many checkpoints on many sets, each picture decoded once", "experiments:evaluate",
                      "The file: name, models: {NAME: DIRECTORY or open_clip:ARCHITECTURE/TAG}, sets: {NAME: {data: …}}, benchmarks: […].")  # fmt: skip
     evaluate.add_argument("matrix", help="the matrix file")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change, e.g. precision=half")
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="values to change, e.g. precision=half")
     evaluate.add_argument("--quiet", action="store_true", help="no progress lines")
     _tracking(evaluate)
     phase = verbs.add_parser("phase", description="Runs one phase; what dvc.yaml calls.")
@@ -159,19 +171,20 @@ def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     data = verbs.add_parser(
         "data", help="look at pair datasets, move them in and out", description="Looks at pair datasets and moves them in and out."
     )
+    known = "a folder, or RUN/PHASE as `data ls` prints it"
     data.set_defaults(call=lambda options: data.print_help())
     kinds = data.add_subparsers(title="verbs", metavar="VERB")
     _verb(kinds, "ls", "list the pair datasets of this project", "data:ls")
     show = _verb(kinds, "show", "a dataset's counts, columns, ledger and first pairs", "data:show")
-    show.add_argument("dataset", help="a folder, or RUN/PHASE as `data ls` prints it")
+    show.add_argument("dataset", help=known)
     show.add_argument("--verify", action="store_true", help="check every checksum")
     diff = _verb(kinds, "diff", "which pairs left, came or changed between two datasets", "data:diff")
-    diff.add_argument("a")
-    diff.add_argument("b")
+    diff.add_argument("a", help=f"the earlier one: {known}")
+    diff.add_argument("b", help="the later one")
     diff.add_argument("--html", metavar="FILE", help="also write a page with the pictures, before and after")
     _sampled(diff, "pairs shown of each kind")
     browse = _verb(kinds, "browse", "write a page: what stays beside what left, with reasons and evidence, to filter", "data:browse")
-    browse.add_argument("dataset")
+    browse.add_argument("dataset", help=known)
     browse.add_argument("--out", metavar="FILE", default=None, help="the HTML file; default: beside the dataset")
     _sampled(browse, "pairs shown, and rejects")
     card = _verb(
@@ -180,19 +193,21 @@ def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "write a data card: sources, licences, languages, lengths, concepts before and after, duplicates, ledger",
         "data:card",
     )
-    card.add_argument("dataset", help="a folder, or RUN/PHASE as `data ls` prints it")
+    card.add_argument("dataset", help=known)
     card.add_argument("--out", metavar="FILE", default=None, help="the HTML file; default: beside the dataset")
     card.add_argument("--sample", type=int, default=2000, help="pairs whose pictures and languages are looked at, drawn by key")
     card.add_argument("--seed", type=int, default=0, help="names the draw")
     export = _verb(kinds, "export", "write a dataset as WebDataset tars, Parquet with bytes, or a 🤗 data set", "data:export")
-    export.add_argument("dataset")
-    export.add_argument("out")
+    export.add_argument("dataset", help=known)
+    export.add_argument("out", help="the folder to write, or a store such as s3://bucket/folder")
     export.add_argument("--to", choices=["webdataset", "parquet", "hf"], default="webdataset")
-    ingest = _verb(kinds, "ingest", "make a pair dataset from tars, Parquet, a folder or a 🤗 data set", "data:ingest",
+    ingest = _verb(kinds, "ingest", "make a pair dataset from tars, Parquet, a folder, articles or a 🤗 data set", "data:ingest",
                    "Example: diptych data ingest parquet my-pairs path=pairs/*.parquet")  # fmt: skip
-    ingest.add_argument("source", help="webdataset, parquet, folder, hf, emoji …")
+    ingest.add_argument("source", help="webdataset, parquet, folder, hf, biomedica …; see `diptych methods --phase ingest`")
     ingest.add_argument("out", help="the folder to write")
-    ingest.add_argument("parameters", nargs="*", metavar="key=value", help="the source's parameters; see `diptych methods SOURCE`")
+    ingest.add_argument(
+        "parameters", nargs="*", default=[], metavar="key=value", help="the source's parameters; see `diptych methods SOURCE`"
+    )
 
 
 def _service_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,9 +6,10 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from diptych.core import catalogue
+from diptych.core.config import models_in
 from diptych.core.errors import ConfigError, nearest
 
 
@@ -73,19 +74,24 @@ def methods(options: argparse.Namespace) -> int:
         raise ConfigError.at(
             "There is no such phase", "--phase", options.phase, f"one of {', '.join(phases)}", nearest(options.phase, phases)
         )
+    widest = max(map(len, rows))
     for phase in [options.phase] if options.phase else phases:
         sys.stdout.write(f"{phase}\n")
         for row in rows.values():
             if row.phase == phase:
-                sys.stdout.write(f"  {row.name:<18} {row.line}\n")
+                sys.stdout.write(f"  {row.name:<{widest}} {row.line}\n")
     return 0
 
 
 def describe(row: catalogue.Row) -> str:
     """A method with its parameters: name, type, default, meaning."""
+    from diptych.pairs.ingest import IngestConfig
+
     config = catalogue.config_class(row)
     lines = [f"{row.name} ({row.phase}): {row.line}", f"paper: {row.paper or 'none'}", f"code:  {row.config.partition(':')[0]}", ""]
     lines += _fields(config, "")
+    if row.phase == "ingest":
+        lines += ["", "  and what every source takes:", "", *_fields(IngestConfig, "")]
     return "\n".join(lines)
 
 
@@ -100,9 +106,9 @@ def _fields(config: Any, prefix: str) -> list[str]:
         lines.append(f"  {prefix}{name}: {kind}{f' ({bounds})' if bounds else ''}, {default}")
         if field.description:
             lines += textwrap.wrap(field.description, 100, initial_indent="      ", subsequent_indent="      ")
-        nested = field.annotation if hasattr(field.annotation, "model_fields") else None
-        if nested:
-            lines += _fields(nested, f"{prefix}{name}.")
+        key = f"{prefix}{name}.NAME." if get_origin(field.annotation) is dict else f"{prefix}{name}."
+        for nested in models_in(field.annotation):
+            lines += _fields(nested, key)
     return lines
 
 
@@ -113,6 +119,8 @@ def _value(value: Any) -> str:
 
 def _kind(annotation: Any) -> str:
     text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)
+    for nested in models_in(annotation):
+        text = text.replace(f"{nested.__module__}.{nested.__qualname__}", "mapping").replace(nested.__qualname__, "mapping")
     return text.replace("typing.", "").replace("diptych.", "").replace("NoneType", "None")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -46,6 +47,15 @@ class Config(BaseModel):
         return data
 
 
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+PLAIN = {
+    "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
+    "list_type": "a list, as in `[…]`", "tuple_type": "a list, as in `[…]`", "dict_type": "a mapping, as in `{key: value}`",
+    "model_type": "a mapping, as in `{key: value}`",
+}  # fmt: skip
+"""What YAML calls the types that pydantic names in Python's or JSON's words."""
+
+
 def headline(count: int) -> str:
     """The first line of a report over `count` configuration problems."""
     return f"{count} problem{'s' if count != 1 else ''} in the configuration; nothing was started"
@@ -70,7 +80,9 @@ def _problem(model: type[BaseModel], detail: ErrorDetails, where: str) -> Proble
             allowed = str(detail.get("ctx", {}).get("expected", ""))
             hint = nearest(str(detail["input"]), [word.strip(" '") for word in allowed.replace(" or ", ",").split(",")])
             return Problem(path, shorten(detail["input"]), allowed, hint)
-    return Problem(path, shorten(detail["input"]), detail["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+    expected = PLAIN.get(detail["type"]) or detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    quoted = detail["type"] in ("int_type", "float_type") and isinstance(detail["input"], str) and _NUMBER.fullmatch(detail["input"])
+    return Problem(path, shorten(detail["input"]), expected, "take the quotes away: what stands in quotes is text" if quoted else "")
 
 
 def _example_of(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
@@ -86,11 +98,12 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
         field = getattr(current, "model_fields", {}).get(part)
         if field is None:
             continue
-        current = next((kind for kind in _models_in(field.annotation)), current)
+        current = next((kind for kind in models_in(field.annotation)), current)
     return list(getattr(current, "model_fields", {}))
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field of this type may hold: itself, or those among the members of a union, a list or a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+    return [model for part in getattr(annotation, "__args__", ()) for model in models_in(part)]

@@ -153,7 +153,9 @@ def _dvc(folder: Path) -> Check:
             remote = repo.config["core"].get("remote")
             wrong = _in_time(lambda: _remote(repo, remote), SERVICE_S) if remote else ""
     except DvcException as error:
-        return Check("dvc", "mend", str(error), "work in a clone of the repository, or run `dvc init` and copy dvc.yaml")
+        return Check(
+            "dvc", "mend", str(error), "work in a clone of the repository, or run `dvc init`, copy its dvc.yaml and link its platform/"
+        )
     found = f"{dvc.__version__}, {stages} stages"
     if wrong:
         return Check("dvc", "mend", f"{found}; remote {remote!r}: {wrong}", "dvc remote list; see its credentials and network")

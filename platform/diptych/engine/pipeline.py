@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diptych
 from diptych.core.errors import ConfigError, ResourceError
 
 
@@ -54,6 +55,21 @@ class Pipeline:
                 "dvc.yaml lacks stages", root / "dvc.yaml", f"no {', '.join(missing)}", f"one stage a phase: {', '.join(phases)}"
             )
         self._stages: Mapping[str, Any] = {phase: stages[phase] for phase in phases}
+        self._refuse_missing_code(root)
+
+    def _refuse_missing_code(self, root: Path) -> None:
+        """Raises ConfigError for files that a stage rests on, that no stage makes and that are not there: DVC would say so after the work."""
+        from dvc.dependency import ParamsDependency
+
+        made = {str(out) for stage in self._stages.values() for out in stage.outs}
+        needed = dict.fromkeys(str(dep) for stage in self._stages.values() for dep in stage.deps if not isinstance(dep, ParamsDependency))
+        missing = [path for path in needed if path not in made and not (root / path).exists()]
+        if missing:
+            package = Path(diptych.__file__).parents[1]
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ConfigError.at("Code that dvc.yaml names is not in this project", root, f"no {missing[0]}{more}",
+                                 "the package's source beside dvc.yaml: a change of it makes phases run again",
+                                 f"ln -s {package} {root / package.name}")  # fmt: skip
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -71,6 +87,8 @@ class Pipeline:
         """Whether a stage must run, in words. Content is compared, not time stamps."""
         stage = self._stages[phase]
         with nullcontext() if self._repo.lock.is_locked else self.locked(), self._inside():
+            if not any(entry.hash_info for entry in (*stage.deps, *stage.outs)):  # not in the lock
+                return StageState(phase, ("never ran",))
             status = stage.status(check_updates=True) if stage.changed() else {}
         return StageState(phase, tuple(_reasons(status.get(stage.addressing, []))))
 

@@ -68,9 +68,10 @@ class Progress:
         """A phase that has nothing to do."""
         self._print(f"{phase:<9} cached: {text}", final=True)
 
-    def done(self, text: str) -> None:
-        """The phase ended; the line stays."""
-        self._print(f"{self.phase:<9} {text} [{duration(time.monotonic() - self._started)}]", final=True)
+    def done(self, text: str, seconds: float | None = None) -> None:
+        """The phase ended; the line stays. `seconds` is what it took by its own figures, without what is measured and recorded around it."""
+        took = time.monotonic() - self._started if seconds is None else seconds
+        self._print(f"{self.phase:<9} {text} [{duration(took)}]", final=True)
 
     def _print(self, text: str, *, final: bool) -> None:
         if self.quiet:

@@ -45,6 +45,11 @@
       shown += figure.hidden ? 0 : 1;
     }
     for (const group of document.querySelectorAll(".group")) group.hidden = !group.querySelector("figure:not([hidden])");
+    // A side with nothing to show gives its room to the other.
+    const sides = [...document.querySelectorAll(".side")];
+    for (const side of sides) side.hidden = !side.querySelector("figure:not([hidden])");
+    const used = sides.filter((side) => !side.hidden).length;
+    document.querySelector(".sides")?.style.setProperty("--sides", Math.max(1, used));
     output.textContent = `${shown.toLocaleString("en")} of ${figures.length.toLocaleString("en")} shown`;
   }
 

@@ -21,21 +21,51 @@ Evidence = Callable[[pl.DataFrame], Mapping[str, Sequence[str]]]
 ORIGINAL = ("alt", "human", "tag")
 """Sources of captions that came with the pair; others were made from it."""
 
-HIDDEN = frozenset({"key", "image", "captions", "split", "phase", "method", "reason", "score", "twin", "change", "columns", "meta.source"})
+HIDDEN = frozenset(
+    {
+        "key",
+        "image",
+        "captions",
+        "captions_before",
+        "split",
+        "phase",
+        "method",
+        "reason",
+        "score",
+        "twin",
+        "change",
+        "columns",
+        "meta.source",
+    }
+)
 HASHES = frozenset({"meta.content", "meta.phash", "meta.dhash"})
+TOLD = frozenset({"meta.source", "language"})
+"""Columns whose value speaks for itself; others are shown with their name."""
+
+MEASURED = frozenset({"meta.cluster", "meta.concepts", "meta.captioning_dropped", "meta.veclip_status", "meta.veclip_used"})
+"""Columns in which a method says what it found or did, though they are not decimals."""
 
 
-def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int = 0, evidence: Evidence | None = None) -> Path:
+def contact_sheet(
+    dataset: PairDataset,
+    out: Path,
+    limit: int = 200,
+    seed: int = 0,
+    evidence: Evidence | None = None,
+    before: PairDataset | None = None,
+) -> Path:
     """Writes a page of at most `limit` pairs and as many rejects a reason as fit into `limit`; gives its path.
 
     Which are shown depends on `(seed, key)` alone. Captions stand under their source, rewritten ones under the original; a copy stands
-    beside the pair that it is a copy of; `evidence` adds what the methods saw.
+    beside the pair that it is a copy of; `evidence` adds what the methods saw. What the columns said of a pair that left is known from the
+    dataset `before`, where it is given.
     """
     ledger, rejects = dataset.manifest.ledger, dataset.rejects()
     chosen = sample(dataset.scan(), limit, seed)
     groups = rejects.partition_by("method", "reason", as_dict=True)
     ordered = sorted(groups.items(), key=lambda item: (-item[1].height, item[0]))
-    few = [(names, group.height, sample(group.lazy(), max(1, limit // len(groups)), seed)) for names, group in ordered]
+    drawn = [(names, group.height, sample(group.lazy(), max(1, limit // len(groups)), seed)) for names, group in ordered]
+    few = [(names, count, _with_columns(part, before)) for names, count, part in drawn]
     sheet = _Sheet.of(dataset, [chosen, *(part for _, _, part in few)], evidence)
     kept = (
         f"<section class='side kept'><h2>Kept ({chosen.height:,} of {len(dataset):,} shown)</h2>{sheet.figures(chosen, 'kept')}</section>"
@@ -44,12 +74,14 @@ def contact_sheet(dataset: PairDataset, out: Path, limit: int = 200, seed: int =
         f"<div class='group'><h3>Left: {text(reason)} ({text(method)}, {count:,})</h3>{sheet.figures(part, 'left')}</div>"
         for (method, reason), count, part in few
     )
-    gone = f"<section class='side left'><h2>Left ({rejects.height:,})</h2>{left}</section>" if few else ""
+    shown_left = sum(part.height for _, _, part in few)
+    gone = f"<section class='side left'><h2>Left ({shown_left:,} of {rejects.height:,} shown)</h2>{left}</section>" if few else ""
     rows = [((entry.method, entry.reason), entry.count, "") for entry in sorted(ledger.left, key=lambda entry: -entry.count)]
     counts = page.bars(("method", "reason"), [(("", "kept"), ledger.kept, "kept"), *rows]) if rows else ""
     body = [
         f"<p class='note'>{len(dataset):,} pairs of {ledger.pairs_in:,}; phase {text(dataset.manifest.phase.phase)}; {digest.short(dataset.digest)}</p>",
         counts,
+        _settings(dataset),
         page.tools(("kept", "left") if few else (), scores=bool(few)),
         f"<div class='sides' style='--sides:{2 if few else 1}'>{kept}{gone}</div>",
     ]
@@ -82,9 +114,11 @@ def difference_page(
         few = sample(some.lazy(), limit, seed).join(dataset.scan().select("key", "image", "captions").collect(), on="key", how="left")
         if change == "changed":
             few = few.join(before.filter(pl.col("key").is_in(few["key"].implode())).collect(), on="key", how="left")
+        few = _with_columns(few, dataset)
         shown = _Sheet.of(dataset, [few], evidence).figures(few, change)
+        part = f" ({few.height:,} shown)" if few.height < some.height else ""
         sides.append(
-            f"<section class='side {change}'><h2>{change.capitalize()}: {some.height:,}</h2><div class='group'>{shown}</div></section>"
+            f"<section class='side {change}'><h2>{change.capitalize()}: {some.height:,}{part}</h2><div class='group'>{shown}</div></section>"
         )
     nothing = "<p class='empty'>Nothing differs.</p>"
     body = [
@@ -103,6 +137,40 @@ def sample(rows: pl.LazyFrame, limit: int, seed: int) -> pl.DataFrame:
         return rows.collect()
     drawn = np.sort(np.argsort(chance.uniform(seed, chance.key_hashes(keys)), kind="stable")[:limit])
     return rows.with_row_index("_row").filter(pl.col("_row").is_in(drawn.tolist())).drop("_row").collect()
+
+
+def _settings(dataset: PairDataset) -> str:
+    """The methods of the phase with their settings, and the figures that they reported; what is nested stays in the manifest."""
+    phase = dataset.manifest.phase
+    lines = []
+    for place, method in enumerate(phase.methods):
+        name = str(method.get("method"))
+        found = phase.report.get(f"{place}-{name}", {})
+        said = {key: value for key, value in method.items() if key != "method"}, found if isinstance(found, Mapping) else {}
+        settings, figures = (", ".join(f"{key} {_short(value)}" for key, value in part.items() if _plain(value)) for part in said)
+        lines.append(f"<p><b>{text(name)}</b> {text(settings)}{f'<br>reported: {text(figures)}' if figures else ''}</p>")
+    return f"<details class='settings'><summary>methods and settings</summary>{''.join(lines)}</details>" if lines else ""
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, str | int | float) or (
+        isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value)
+    )
+
+
+def _with_columns(rows: pl.DataFrame, dataset: PairDataset | None) -> pl.DataFrame:
+    """The rows with the plain columns that a dataset has of them: numbers, texts, lists of texts."""
+    if dataset is None:
+        return rows
+    schema = dataset.scan().collect_schema()
+    plain = [name for name, kind in schema.items() if not kind.is_nested() or kind == pl.List(pl.String)]
+    names = ["key", *(name for name in plain if name not in {*rows.columns, *HIDDEN - {"meta.source"}})]
+    more = dataset.scan().filter(pl.col("key").is_in(rows["key"].implode())).select(names).collect()
+    return rows.join(more, on="key", how="left", maintain_order="left")
 
 
 class _Sheet:
@@ -182,19 +250,24 @@ def _chips(texts: Iterable[str]) -> list[str]:
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What methods measured of a pair (e.g. its CLIP score, the guidance scale of its picture), and what else its columns say."""
-    measured = [f"changed: {name}" for name in row.get("columns") or () if name not in HASHES | {"captions"}]
-    measured += [str(row[name]) for name in ("meta.source", "language") if row.get(name) is not None]
-    named = []
+    """What methods measured of a pair (e.g. its CLIP score, the guidance scale of its picture), and what else its columns say.
+
+    Of a changed pair, what changed counts as measured.
+    """
+    changed = set(row.get("columns") or ()) - HASHES - {"captions"}
+    measured = [str(row[name]) for name in sorted(TOLD, reverse=True) if row.get(name) is not None]
+    named: list[str] = []
     for name, value in row.items():
-        if name in HIDDEN | HASHES or name == "language" or not isinstance(value, str | int | float):
+        if name in HIDDEN | HASHES | TOLD or not isinstance(value, str | int | float | list):
             continue
-        short = name.removeprefix("meta.")
-        if isinstance(value, float):
-            measured.append(f"{short} {value:.3g}")
-        else:
-            named.append(f"{short} {value}")
-    return measured, named
+        if value == []:  # as what has nothing to list leaves it
+            changed.discard(name)
+            continue
+        said = ", ".join(map(str, value)) if isinstance(value, list) else f"{value:.3g}" if isinstance(value, float) else str(value)
+        apart = isinstance(value, float) or name in MEASURED | changed
+        (measured if apart else named).append(f"{name.removeprefix('meta.')} {said}")
+        changed.discard(name)
+    return [*measured, *(f"changed: {name}" for name in sorted(changed - TOLD))], named
 
 
 def _captions(captions: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> str:

@@ -24,17 +24,18 @@ BATCH_ROWS = 256
 
 
 def export(dataset: PairDataset, out: Path, to: str, shard_size_bytes: int = 256 * MEBIBYTE) -> list[Path]:
-    """Writes the dataset to the folder `out`, which is replaced; gives the files written, sorted.
+    """Writes the dataset to the folder `out`; gives the files written, sorted.
 
     Args:
         to: `webdataset`, `parquet` or `hf`.
         shard_size_bytes: size at which a tar is closed (`webdataset`).
 
-    Raises ConfigError for another format, DataError if a shard is damaged, ResourceError if the disk is full.
+    Raises ConfigError for another format or if something lies in `out`, DataError if a shard is damaged, ResourceError if the disk is full.
     """
     if to not in FORMATS:
         raise ConfigError.at("There is no export of this kind", "to", to, f"one of {', '.join(FORMATS)}", nearest(to, FORMATS))
     out = out.parent.resolve() / out.name
+    files.insist_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = files.partial_of(out)
     partial.mkdir()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diptych.core.errors import DiptychError, ResourceError
+from diptych.core.errors import ConfigError, DiptychError, ResourceError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 FULL_WORDS = ("No space left on device", "Disk quota exceeded")
@@ -78,6 +78,18 @@ def write_durably(path: Path, data: bytes) -> None:
 def partial_of(out: Path) -> Path:
     """A fresh name beside `out` to write under: no two writers share it, and no reader takes it for a dataset."""
     return out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def insist_free(out: Path) -> None:
+    """Raises ConfigError unless `out`, a place that a person named, is not there or an empty folder: what is written there replaces it."""
+    if not out.exists() and not out.is_symlink():
+        return
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
+    if names != []:
+        found = "<a file>" if names is None else f"<{', '.join(names[:3])}{' …' if len(names) > 3 else ''}>"
+        raise ConfigError.at(
+            "Something lies where the output goes", out, found, "a new name, or an empty folder", "name another place, or remove it"
+        )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from diptych.pairs.write import DatasetWriter
 
 METHOD = "ingest"
 MEBIBYTE = 1 << 20
+EXAMPLES = 3
 FEW_PAIRS = 10_000  # below, the share of bad pairs is judged only at the end
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -105,14 +106,18 @@ def ingest_all(
     with DatasetWriter(out, record, pairs_in=None) as writer:
         writer.shards_folder.mkdir()
         removed: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
         for result in map(_PartTask(source, writer.shards_folder, config), list(enumerate(parts))):
             writer.add_shards(result.shards)
-            writer.add(*_first_come(writer, result))
+            kept, rejected = _first_come(writer, result)
+            writer.add(kept, rejected)
+            _note(examples, rejected)
             removed += result.captions_removed
-            _check_share(writer, config.max_bad_share, FEW_PAIRS)
+            _check_share(writer, config.max_bad_share, FEW_PAIRS, examples)
         if not writer.kept + writer.left.total():
-            raise DataError.at("The source holds no pairs", "data.source", parts[:10], "one pair or more")
-        _check_share(writer, config.max_bad_share, 0)
+            found = f"<{len(parts)} parts, all empty>" if parts else "<nothing to read>"
+            raise DataError.at("The source holds no pairs", "data.source", found, "one pair or more", "look at what its path names")
+        _check_share(writer, config.max_bad_share, 0, examples)
         report = {"parts": len(parts), "captions_removed": dict(sorted(removed.items())), **source.report()}
         writer.phase = record.model_copy(update={"report": report})
         return writer.finish()
@@ -292,9 +297,19 @@ def _first_come(writer: DatasetWriter, result: PartResult) -> tuple[pl.DataFrame
     return result.kept.filter(~taken), pl.concat([result.rejected, late])
 
 
-def _check_share(writer: DatasetWriter, limit: float, least_pairs: int) -> None:
+def _note(examples: dict[str, list[str]], rejected: pl.DataFrame) -> None:
+    """Adds the keys of the first few pairs that left for each reason, for the table of reasons."""
+    for key, reason in rejected.group_by("reason", maintain_order=True).head(EXAMPLES).select("key", "reason").iter_rows():
+        if len(named := examples.setdefault(reason, [])) < EXAMPLES:
+            named.append(key)
+
+
+def _check_share(writer: DatasetWriter, limit: float, least_pairs: int, examples: Mapping[str, Sequence[str]]) -> None:
     left, total = writer.left.total(), writer.kept + writer.left.total()
     if total <= least_pairs or left <= limit * total:
         return
-    table = [Problem(reason, f"{count:,} pairs", "a usable pair") for (_, reason), count in writer.left.most_common()]
+    table = [
+        Problem(reason, f"{count:,} pair{'s' if count > 1 else ''}, e.g. {', '.join(examples.get(reason, ()))}", "a usable pair")
+        for (_, reason), count in writer.left.most_common()
+    ]
     raise DataError(f"{left:,} of {total:,} pairs cannot be used, more than max_bad_share = {limit:g}; nothing was kept", table)

@@ -85,4 +85,4 @@ def tools(states: Sequence[str], *, scores: bool) -> str:
         "<label>order <select name='order'><option value=''>as sampled</option><option value='rising'>score, lowest first</option>"
         "<option value='falling'>score, highest first</option></select></label>"
     )
-    return f"<div class='tools'><input type='search' placeholder='words of captions, keys, concepts' aria-label='search'>{boxes}{order if scores else ''}<output></output></div>"
+    return f"<div class='tools'><input type='search' placeholder='captions, keys, columns' aria-label='search'>{boxes}{order if scores else ''}<output></output></div>"

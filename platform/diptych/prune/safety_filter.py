@@ -93,7 +93,11 @@ def of_column(name: str) -> Callable[[pl.DataFrame], Floats]:
 
     def score_of(batch: pl.DataFrame) -> Floats:
         if name not in batch.columns or not batch.schema[name].is_numeric():
-            raise DataError.at("The pairs have no such score", f"column {name!r}", batch.schema.get(name), "a column of numbers")
+            known = [column for column, kind in batch.schema.items() if kind.is_numeric()]
+            found = f"<{batch.schema[name]}>" if name in batch.columns else "<no such column>"
+            fix = "mend what is not a number in the source" if name in batch.columns else nearest(name, known)
+            raise DataError.at("The pairs have no such score", f"column {name!r}", found,
+                               f"a column of numbers: {', '.join(known) or 'there is none'}", fix)  # fmt: skip
         return np.asarray(batch[name].cast(pl.Float64).fill_null(np.nan).to_numpy())
 
     return score_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from diptych.core.errors import DiptychError
@@ -12,7 +13,8 @@ from diptych.pairs.manifest import NAME
 def of(dataset: PairDataset) -> list[PairDataset]:
     """From the first dataset to this one: each the first parent of the next, looked for by digest among the folders beside it.
 
-    A phase that several runs share lies where it was made, so folders beside the dataset's own, and one level up, are looked into.
+    A phase that several runs share lies where it was made, so the folders beside the dataset's own are looked into first, then those one
+    level up and the phases of the runs there.
     """
     chain, seen = [dataset], {dataset.digest}
     while chain[0].manifest.parents:
@@ -26,9 +28,15 @@ def of(dataset: PairDataset) -> list[PairDataset]:
 
 
 def _find(root: Path, wanted: str) -> PairDataset | None:
-    for folder in dict.fromkeys(path.parent for base in (root.parent, root.parent.parent) for path in sorted(base.glob(f"*/{NAME}"))):
-        if folder == root:
+    beside, above = root.parent, root.parent.parent
+    places = itertools.chain.from_iterable(
+        sorted(base.glob(pattern)) for base, pattern in ((beside, f"*/{NAME}"), (above, f"*/{NAME}"), (above, f"*/*/{NAME}"))
+    )
+    seen = {root}
+    for folder in (path.parent for path in places):
+        if folder in seen:
             continue
+        seen.add(folder)
         try:
             found = PairDataset.open(folder)
         except DiptychError:  # another program's folder, or one that is being written

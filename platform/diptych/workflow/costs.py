@@ -19,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+from diptych.caption.rewriters.endpoint import EndpointConfig
 from diptych.core.errors import DiptychError
 from diptych.core.points import RawPair, Source
 from diptych.engine import passes
@@ -59,13 +60,17 @@ CHECKPOINT_TIMES = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase is expected to take; None where nothing could be measured yet. `memory_bytes` is of all workers together."""
+    """What a phase is expected to take; None where nothing could be measured yet. `memory_bytes` is of all workers together.
+
+    `unmeasured` says why nothing was, where there are pairs to measure on.
+    """
 
     rows: int | None = None
     steps: int | None = None
     seconds: float | None = None
     memory_bytes: int | None = None
     written_bytes: int | None = None
+    unmeasured: str = ""
 
 
 def predict(phase: str, store: Store, *, starts_ray: bool = False, in_process: bool = False) -> Cost:
@@ -186,7 +191,9 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
     if not store.workflow.methods(phase):
         return Cost(rows=rows, seconds=0.1, memory_bytes=0, written_bytes=rows * TABLE_ROW_BYTES)
     if any(getattr(config, "features", None) == phases.SCOUT for config in store.workflow.methods(phase)):
-        return Cost(rows=rows)  # a scout is trained first: no probe is cheap
+        return Cost(rows=rows, unmeasured="a scout is trained first")  # no probe is cheap
+    if any(isinstance(value, EndpointConfig) for config in store.workflow.methods(phase) for _, value in config):
+        return Cost(rows=rows, unmeasured="a server would be asked")  # whose answers may cost money, and a probe asks several times
     folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
     probes: list[tuple[int, float]] = []
     memory: list[int] = []
@@ -197,8 +204,8 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
                 _timed_pass(phase, store, sample, folder / "first")
             probes.append(_timed_pass(phase, store, sample, folder / str(count)))
             memory.append(_memory_bytes())
-    except DiptychError:
-        return Cost(rows=rows)  # a method that cannot work on so few pairs tells nothing about many
+    except DiptychError as error:  # a method that cannot work on so few pairs tells nothing about many; one that never can is found here
+        return Cost(rows=rows, unmeasured=_trial(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     counts = [count for count, _ in probes]
@@ -209,6 +216,12 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
         memory_bytes=round(_further(counts, memory, min(rows, most))),
         written_bytes=rows * TABLE_ROW_BYTES,
     )
+
+
+def _trial(error: DiptychError) -> str:
+    """What a trial on a few pairs ran into, on one line."""
+    first = next(iter(error.problems), None)
+    return f"on a few pairs it says: {error.headline}" + (f" ({first.where}: {first.got})" if first else "")
 
 
 def _further(counts: Sequence[int], values: Sequence[float], rows: int) -> float:
@@ -277,8 +290,8 @@ def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
             training.run(job, session)
         step_s = _step_seconds(folder / "scratch" / "steps.jsonl")
         model_bytes = sum(file.stat().st_size for file in (folder / "model").iterdir())
-    except DiptychError:
-        return Cost(rows=rows, steps=steps)
+    except DiptychError as error:
+        return Cost(rows=rows, steps=steps, unmeasured=_trial(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     speed = section.workers * (SEVERAL_WORKERS if section.workers > 1 else 1.0)

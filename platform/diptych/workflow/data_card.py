@@ -27,6 +27,9 @@ from diptych.workflow.report import STYLE, section, table
 Histogram = Sequence[tuple[str, int]]
 RADIUS = 3
 HEAD, TAIL = 12, 12
+SOURCE, LICENCE = "meta.source", "meta.licence"
+MOST_LICENCES = 5
+"""Licences that a card names of a source, the most frequent."""
 SURE, NOT_SURE = 0.5, "not sure"
 """Probability from which a language counts; below lie captions of a word or two, mostly."""
 WORD_BINS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100)
@@ -109,14 +112,33 @@ def _step(step: PairDataset) -> tuple[str, str, int, int, Sequence[tuple[str, st
 
 
 def _sources(dataset: PairDataset, first: PairDataset) -> dict[str, tuple[int, Mapping[str, Any]]]:
-    """Pairs by source with what the source says of itself."""
+    """Pairs by source with what the source says of itself; where it names no licence, those that its pairs have."""
     said: Mapping[str, Any] = first.manifest.phase.report.get("sources", {})
-    column = "meta.source"
-    if column in dataset.scan().collect_schema().names():
-        counts = dict(_counted(dataset.read([column])[column].drop_nulls()))
-        return {name: (count, said.get(name, {}).get("card", {})) for name, count in counts.items()}
     names = [str(method.get("method")) for method in first.manifest.phase.methods] or [first.manifest.phase.phase]
-    return {names[0]: (len(dataset), said.get(names[0], {}).get("card", {}))}
+    names = ["not known"] if first.manifest.parents else names
+    columns = set(dataset.scan().collect_schema().names())
+    rows = dataset.scan().select(
+        "key",
+        source=pl.col(SOURCE) if SOURCE in columns else pl.lit(names[0]),
+        licence=pl.col(LICENCE).cast(pl.String).replace("", None) if LICENCE in columns else pl.lit(None, pl.String),
+    )
+    counts = rows.group_by("source", "licence").len().drop_nulls("source").collect()
+    found = {}
+    for name, count in counts.group_by("source").agg(pl.col("len").sum()).sort("len", "source", descending=[True, False]).iter_rows():
+        card = said.get(name, {}).get("card", {})
+        own = _licences(counts.filter(pl.col("source") == name))
+        found[str(name)] = (int(count), card if card.get("licence") or not own else {**card, "licence": own})
+    return found
+
+
+def _licences(counts: pl.DataFrame) -> str:
+    """`CC BY 4.0 71, CC0 10, not said 2`, the most frequent first; empty where no pair names one."""
+    named = counts.drop_nulls("licence").sort("len", "licence", descending=[True, False])
+    if named.is_empty():
+        return ""
+    few = list(named.head(MOST_LICENCES).select("licence", "len").iter_rows())
+    rest = [("others", int(named["len"][MOST_LICENCES:].sum())), ("not said", int(counts["len"].sum()) - int(named["len"].sum()))]
+    return ", ".join(f"{name} {count:,}" for name, count in [*few, *rest] if count)
 
 
 def _languages(few: pl.DataFrame) -> tuple[Histogram, list[str]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from diptych.core import catalogue, digest
 from diptych.core.config import Config, headline
-from diptych.core.errors import ConfigError, Problem, shorten
+from diptych.core.errors import ConfigError, Problem, nearest, shorten
 from diptych.pairs.ingest import IngestConfig
 from diptych.pairs.sources.paths import local_files
 
 T = TypeVar("T")
+ONE_OF = "one of the keys "
 
 
 def method(value: Any, phase: str, where: str, name_key: str = "method") -> Config:
@@ -33,7 +35,19 @@ def source(data: Mapping[str, Any], where: str) -> Config:
             headline(1), [Problem(f"{where}.source", "nothing", "the name of a source", "see `diptych methods --phase ingest`")]
         )
     parameters = {key: value for key, value in data.items() if key not in IngestConfig.model_fields and key != "source"}
-    return method({"method": data["source"], **parameters}, "ingest", where, name_key="source")
+    try:
+        return method({"method": data["source"], **parameters}, "ingest", where, name_key="source")
+    except ConfigError as error:
+        raise ConfigError(error.headline, [_beside_ingest(problem, where) for problem in error.problems]) from None
+
+
+def _beside_ingest(problem: Problem, where: str) -> Problem:
+    """An unknown key of a source may be meant for ingest, whose keys stand beside the source's own."""
+    head, _, name = problem.where.rpartition(".")
+    if head != where or not problem.expected.startswith(ONE_OF):
+        return problem
+    keys = ["source", *(key for key in problem.expected.removeprefix(ONE_OF).split(", ") if key != "method"), *IngestConfig.model_fields]
+    return replace(problem, expected=ONE_OF + ", ".join(keys), fix=nearest(name, keys))
 
 
 def ingest(data: Mapping[str, Any], where: str) -> IngestConfig:

@@ -56,8 +56,12 @@ def text(store: Store, lines: Sequence[Line]) -> str:
         numbers = f"{_count(c.rows):>9} {_count(c.steps):>7} {time:>12} {_size(c.memory_bytes):>10} {_size(c.written_bytes):>10}"
         out.append(f"  {line.phase:<9} {word:<7} {numbers}  {'; '.join(line.state.reasons[:4])}".rstrip())
     total = sum(line.cost.seconds or 0.0 for line in lines)
-    unknown = [line.phase for line in lines if line.state.changed and line.cost.seconds is None]
-    out += ["", f"  {duration(total)} expected" + (f", without {', '.join(unknown)}: nothing to measure on yet" if unknown else "")]
+    unknown: dict[str, list[str]] = {}
+    for line in lines:
+        if line.state.changed and line.cost.seconds is None:
+            unknown.setdefault(line.cost.unmeasured or "nothing to measure on yet", []).append(line.phase)
+    without = "".join(f"; without {', '.join(phases)}: {why}" for why, phases in unknown.items())
+    out += ["", f"  {duration(total)} expected{without}"]
     return "\n".join(out)
 
 

@@ -22,7 +22,7 @@ class Project:
             if (folder / "dvc.yaml").is_file():
                 return cls(folder)
         raise ConfigError.at("This is not a Diptych project", start, "no dvc.yaml here or above", "a folder with dvc.yaml and workflows/",
-                             "work in a clone of the repository, or copy its dvc.yaml, .dvc/ and workflows/")  # fmt: skip
+                             "work in a clone of the repository, or copy its dvc.yaml and .dvc/, and link its platform/")  # fmt: skip
 
     @property
     def runs(self) -> Path:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from diptych.workflow.store import PlainStore, Store, open_store
 BARS = "▁▂▃▄▅▆▇█"
 REASONS = 3
 """Reasons why pairs left that a line names, the most frequent; the others it counts."""
+FAILED = ("captions_failed", "captions_error", "rewrites_failed")
+"""Where reports of caption methods count the captions that a server or a model failed to make."""
 HEADLINES = ("acc1", "acc5", "text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
 
 
@@ -109,7 +112,7 @@ def _one(
     outcome.figures[phase] = figures
     outcome.ran.append(phase)
     outcome.reasons[phase] = state.reasons
-    progress.done(f"{summary(phase, figures)}")
+    progress.done(summary(phase, figures), figures["wall_s"])
 
 
 def run_phase(
@@ -143,11 +146,12 @@ def _finish(store: Store, outcome: Outcome, recorder: Recorder | None, progress:
 def summary(phase: str, figures: Mapping[str, Any]) -> str:
     """One line on what a phase did."""
     if "pairs_in" in figures:
-        left = figures.get("left", [])
-        named = [f"{entry['reason']} {entry['count']:,}" for entry in left[:REASONS]]
+        left = sorted(figures.get("left", []), key=lambda entry: -entry["count"])
+        often = Counter(entry["reason"] for entry in left)
+        named = [f"{_reason(entry, often[entry['reason']] > 1)} {entry['count']:,}" for entry in left[:REASONS]]
         rest = sum(entry["count"] for entry in left[REASONS:])
         reasons = ", ".join([*named, *([f"other reasons {rest:,}"] if rest else [])])
-        captions = f", {figures['captions_per_pair']:.1f} captions a pair" if phase == "caption" else ""
+        captions = f", {figures['captions_per_pair']:.1f} captions a pair{_failed(figures)}" if phase == "caption" else ""
         return f"{figures['kept']:,} of {figures['pairs_in']:,} pairs kept" + (f"; left: {reasons}" if left else "") + captions
     if phase == "train" and "samples_seen" in figures:
         resumed = f", from step {figures['resumed_from']:,} on" if figures.get("resumed_from") else ""
@@ -159,6 +163,18 @@ def summary(phase: str, figures: Mapping[str, Any]) -> str:
     if phase == "compress":
         return "; ".join(_compressed(method, told) for method, told in (figures.get("report") or {}).items()) or "handed on"
     return "done"
+
+
+def _reason(entry: Mapping[str, Any], shared: bool) -> str:
+    """The reason, with its method where several methods give the same."""
+    return f"{entry['reason']} ({entry['method']})" if shared else str(entry["reason"])
+
+
+def _failed(figures: Mapping[str, Any]) -> str:
+    """How many captions could not be made, by the reports of the methods; a pair whose caption failed keeps those it has."""
+    reports = (figures.get("report") or {}).values()
+    failed = sum(report.get(name) or 0 for report in reports for name in FAILED)
+    return f"; {failed:,} more could not be made" if failed else ""
 
 
 def _compressed(method: str, told: Mapping[str, Any]) -> str:
@@ -182,7 +198,7 @@ def phase(workflow: Workflow, name: str) -> None:
         progress.start(name)
         with files.full_disk_explained(store.home):
             figures = run_phase(name, store, session, progress, None)
-        progress.done(summary(name, figures))
+        progress.done(summary(name, figures), figures["wall_s"])
 
 
 def contributions(store: Store, outcome: Outcome) -> list[str]:

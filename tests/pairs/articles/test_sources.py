@@ -143,6 +143,20 @@ def test_broken_packages_leave_with_a_reason(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_folders_without_an_article_leave_with_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("empty", "PMC1/figures", "good/figures", "group/deep", "group/other", ".git/objects"):
+        (folder / name).mkdir(parents=True)
+    (folder / "PMC1" / "figures" / "g.jpg").write_bytes(photo(1))
+    (folder / "good" / "a.nxml").write_bytes(article(figure("F1", "Good.", "figures/g")))
+    (folder / "good" / "figures" / "g.jpg").write_bytes(photo(2))
+    packed(folder / "group" / "deep" / "two.tar.gz", {"a.nxml": article(figure("F1", "Two.", "g"), pmid="2", pmc="2"), "g.jpg": photo(3)})
+    dataset = ingest_all(Pmc(path=str(folder)).build(), tmp_path / "out", config=LENIENT)
+    assert len(dataset) == 2
+    assert reasons(dataset) == {"package without article": 3}
+    assert sorted(dataset.rejects()["key"]) == ["PMC1", "empty", "group/other"]
+
+
 def test_nothing_is_larger_than_the_limits(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     one = {"a.nxml": article(figure("F1", "C", "g"))}

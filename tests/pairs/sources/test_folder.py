@@ -34,8 +34,21 @@ def test_csv(root: Path, tmp_path: Path) -> None:
     dataset = ingest_all(pickle.loads(pickle.dumps(Config(path=str(root)).build())), tmp_path / "out")
     assert dataset.read()["key"].to_list() == ["a.png", "sub/b.png"]
     assert dataset.read()["captions"][0][0]["text"] == "one, with comma"
-    assert dataset.read()["label"].to_list() == ["4", "5"]
+    assert dataset.read()["label"].to_list() == [4, 5]
     assert dataset.reader().read_column(dataset.read()["image"]) == [picture((1, 0, 0)), picture((2, 0, 0))]
+
+
+def test_columns_of_numbers_in_a_csv_are_numbers(root: Path, tmp_path: Path) -> None:
+    head = "file,caption,punsafe,label,year,id,photo,note\n"
+    (root / "captions.csv").write_text(f"{head}a.png,12,0.25,0,,007,12345678901234567890,x\nsub/b.png,two,1,3,-1999,12,1,2\n")
+    row = ingest_all(Config(path=str(root)).build(), tmp_path / "out").read()
+    assert row["captions"][0][0]["text"] == "12"
+    assert row["meta.punsafe"].to_list() == [0.25, 1.0]
+    assert row["label"].to_list() == [0, 3]
+    assert row["meta.year"].to_list() == [None, -1999]
+    assert row["meta.id"].to_list() == ["007", "12"]
+    assert row["meta.photo"].to_list() == ["12345678901234567890", "1"]
+    assert row["meta.note"].to_list() == ["x", "2"]
 
 
 def test_jsonl_and_tsv(root: Path, tmp_path: Path) -> None:
@@ -85,11 +98,19 @@ def test_wrong_tables(root: Path) -> None:
     (root / "t.csv").write_text("picture,words\na.png,one\n")
     (root / "open.csv").write_text('file,caption\na.png,"never closed\n')
     (root / "t.xls").touch()
+    (root / "head.csv").write_text("file,caption\n")
+    (root / "semicolons.csv").write_text("file;caption\na.png;one\n")
+    (root / "folder.csv").mkdir()
     for table, message in (
-        ("none.csv", "cannot be read"),
-        ("t.csv", "lacks columns"),
+        ("none.csv", "is not there(.|\n)*the folder holds folder.csv, head.csv, open.csv, semicolons.csv, t.csv"),
+        ("folder.csv", "cannot be read(.|\n)*Is a directory"),
+        ("head.csv", "names no picture"),
+        ("t.csv", "lacks columns(.|\n)*set `file` and `captions`"),
+        ("semicolons.csv", "lacks columns(.|\n)*another separator"),
         ("t.xls", "unknown kind"),
         ("open.csv", "not valid CSV"),
     ):
         with pytest.raises(DataError, match=message):
             Config(path=str(root), table=table).build().parts()
+    with pytest.raises(DataError, match="There is no folder of pictures here"):
+        Config(path=str(root / "gone")).build().parts()

@@ -6,10 +6,10 @@ JSON Lines table with the column `File` and any of `Article Citation`, `Title`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from diptych.core.errors import DataError
 from diptych.pairs.articles import citations, licences
@@ -38,13 +38,15 @@ class Entry:
 
 
 def packages(root: Path) -> list[str]:
-    """The packages below a folder, by their paths in it, sorted: archives, and articles that lie beside their files.
+    """The packages below a folder, by their paths in it, sorted: archives, articles that lie beside their files, and folders without either,
+    which are no packages but are not passed over in silence.
 
     Raises DataError if there is no such folder, or no package in it.
     """
     if not root.is_dir():
         raise DataError.at("There is no folder of article packages here", "path", str(root), "a folder")
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    paths = list(root.rglob("*"))
+    names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
     beside = {name.rpartition("/")[0] for name in names if name.lower().endswith(".nxml")}
     found = [
         name
@@ -55,7 +57,15 @@ def packages(root: Path) -> list[str]:
         raise DataError.at(
             "There are no article packages here", "path", str(root), "archives (.tar.gz, .tgz, .tar) or .nxml files below it"
         )
-    return found
+    return sorted(found + _without({path.relative_to(root).as_posix() for path in paths if path.is_dir()}, found))
+
+
+def _without(folders: set[str], found: Sequence[str]) -> list[str]:
+    """The folders with no package in them that belong to no article further up either; of those inside one another the outermost."""
+    holders = {str(parent) for name in found for parent in PurePosixPath(name).parents}
+    articles = {str(PurePosixPath(name).parent) for name in found if not is_archive(name)}
+    bare = {name for name in folders - holders if articles.isdisjoint(map(str, PurePosixPath(name).parents)) and "/." not in f"/{name}"}
+    return [name for name in bare if str(PurePosixPath(name).parent) not in bare]
 
 
 def read(path: Path) -> Mapping[str, Entry]:

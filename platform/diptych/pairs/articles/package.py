@@ -86,6 +86,8 @@ def open_package(path: Path, limits: PackageLimits) -> Package:
     Raises Fault: `missing package`, `package cannot be read`, `truncated package`, `package too large`, `package without article`.
     """
     try:
+        if path.is_dir():
+            raise Fault("package without article")
         if is_archive(path.name):
             return _archive(path, limits)
         return _beside(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,29 @@ from diptych.pairs.sources.paths import captions_of, scalars
 PART_ROWS = 10_000
 MAX_FILE_BYTES = 1 << 28
 MAX_FIELD_CHARS = 1 << 24
+CSV, JSONL = (".csv", ".tsv"), (".jsonl", ".ndjson")
+MOST_NAMED = 8
+"""Tables that an error names."""
+
 _FAULT = "\0fault"  # no table has a column of this name
+# Numbers as a program writes them. `007` and digits that a float cannot hold are names, and stay text.
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
+_DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 
 class Config(BaseConfig):
-    """Where the pictures lie and what the table's columns mean. Further columns are kept: documented names as they are, others as `meta.`."""
+    """Where the pictures lie and what the table's columns mean.
+
+    Further columns are kept under `meta.NAME`; `label`, `label_name`, `language` and `weight` keep their names. Where every value of a
+    column of a CSV or TSV table is a number, it is a column of numbers.
+    """
 
     method: Literal["folder"] = "folder"
     path: str = Field(description="the folder")
-    table: str = Field(default="captions.csv", description="the table, relative to the folder; ends in .csv, .tsv, .jsonl or .ndjson")
+    table: str = Field(
+        default="captions.csv",
+        description="the table, relative to the folder; ends in .csv, .tsv, .jsonl or .ndjson; further columns are kept, as `meta.NAME`",
+    )
     file: str = Field(default="file", description="column of picture files, relative to the folder")
     captions: tuple[str, ...] = Field(default=("caption",), min_length=1, description="columns of captions")
     key: str | None = Field(default=None, description="column of keys; null: the file's name")
@@ -49,15 +64,27 @@ class Folder(Source):
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         path = self.root / self.config.table
+        if not self.root.is_dir():
+            raise DataError.at("There is no folder of pictures here", "path", str(self.root), "a folder with pictures and a table")
+        if not path.exists():
+            tables = sorted(file.name for file in self.root.iterdir() if file.suffix in (*CSV, *JSONL))
+            raise DataError.at("The table that names the pictures is not there", path, "nothing",
+                               f"a table with the columns {', '.join((self.config.file, *self.config.captions))}",
+                               f"set `table`; the folder holds {', '.join(tables[:MOST_NAMED]) or 'no table'}")  # fmt: skip
         try:
             rows = read_table(path)
         except OSError as error:
-            raise DataError.at("The table cannot be read", path, error, "a readable file") from error
+            raise DataError.at("The table cannot be read", path, f"<{error.strerror or error}>", "a readable file") from error
+        if not rows:
+            raise DataError.at("The table names no picture", path, "<no rows>", "a line of column names, then a line a picture")
         missing = [name for name in (self.config.file, *self.config.captions) if not any(name in row for row in rows)]
-        if rows and missing:
-            raise DataError.at(
-                "The table lacks columns", path, sorted(rows[0]), f"the columns {', '.join(missing)}", "set `file` and `captions`"
-            )
+        if missing:
+            known = sorted(rows[0].keys() - {_FAULT})
+            odd = len(known) == 1 and path.suffix in CSV and any(sign in known[0] for sign in ";\t,|")
+            fix = f"{path.suffix} has another separator than this table" if odd else "set `file` and `captions` to the names of its columns"
+            raise DataError.at("The table lacks columns", path, known, f"the columns {', '.join(missing)}", fix)
+        if path.suffix in CSV:
+            numbers(rows, {_FAULT, self.config.file, self.config.key, *self.config.captions, "split"})
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,10 +127,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
     Bytes that are not UTF-8 come as lone surrogates. Raises OSError, and DataError for another ending.
     """
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in JSONL:
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             return [_json_row(line) for line in file if line.strip()]
-    if path.suffix not in (".csv", ".tsv"):
+    if path.suffix not in CSV:
         raise DataError.at("A table of unknown kind", path, path.suffix, ".csv, .tsv, .jsonl or .ndjson")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return _csv_rows(file, path)
@@ -118,6 +145,18 @@ def _csv_rows(file: Any, path: Path) -> list[dict[str, Any]]:
         raise DataError.at("The table is not valid CSV", f"{path}:{reader.line_num}", error, "one row a line, quotes closed") from error
     finally:
         csv.field_size_limit(before)
+
+
+def numbers(rows: Sequence[dict[str, Any]], leave: Collection[str | None]) -> None:
+    """Turns columns of texts that are all numbers into numbers, in place and for the table as a whole; an empty field is no value."""
+    for name in {name: None for row in rows for name in row if name not in leave}:
+        values: set[str] = {row[name] for row in rows if row.get(name)}
+        kind = int if all(map(_WHOLE.fullmatch, values)) else float if all(map(_DECIMAL.fullmatch, values)) else None
+        if kind is None or not values:
+            continue
+        for row in rows:
+            if name in row:
+                row[name] = kind(row[name]) if row[name] not in (None, "") else None
 
 
 def _json_row(line: str) -> dict[str, Any]:
