@@ -52,6 +52,26 @@ def test_budgets_meet_the_total_and_their_bounds(run_pass, pairs, directions, ke
     assert state.complexity_K.mean() == pytest.approx(0.25)
 
 
+def test_a_pair_that_left_names_the_one_of_its_concept_that_stays_and_is_most_like_it(run_pass, pairs, directions) -> None:
+    table = pairs(uneven(directions))
+    outcome = run_pass(Config(keep=0.4, clusters=8).build(0), [table])
+    feature_ND = table["feature"].to_numpy()
+    label_N = outcome.state.clusters.label(torch.from_numpy(feature_ND.copy()))
+    row_of = {key: row for row, key in enumerate(table["key"])}
+    kept_K = np.array([row_of[key] for key in outcome.kept])
+    for key, twin in outcome.rejected.select("key", "twin").iter_rows():
+        own = kept_K[label_N[kept_K] == label_N[row_of[key]]]
+        assert row_of[twin] in own
+        likeness = feature_ND[own] @ feature_ND[row_of[key]]
+        assert feature_ND[row_of[twin]] @ feature_ND[row_of[key]] == pytest.approx(likeness.max(), abs=1e-6)
+
+
+def test_a_concept_that_leaves_whole_names_nobody() -> None:
+    features_ND = torch.eye(3)
+    assert dbp.nearest_among(features_ND, np.array([0, 2]), np.array([], dtype=np.int64)).tolist() == [-1, -1]
+    assert dbp.nearest_among(features_ND, np.array([], dtype=np.int64), np.array([1])).tolist() == []
+
+
 def test_wide_concepts_get_more_than_tight_ones_of_their_size(run_pass, pairs, directions) -> None:
     table = pairs(uneven(directions))
     outcome = run_pass(Config(keep=0.25, clusters=8, complexity_mean=0.25).build(0), [table])

@@ -26,6 +26,7 @@ REASON = "over the concept's budget"
 PAIRS_A_CONCEPT = 100
 MOST_CONCEPTS = 500
 
+BLOCK_VALUES = 1 << 20
 DISTANCE_UNIT = 2.0**-30
 """Distances are summed in whole units of this size: integers add up to the same sum however the pool is cut. It is finer than
 a float32 distance, and 2^32 pairs of the largest distance, 2, fit an int64."""
@@ -128,15 +129,22 @@ class ConceptPruning(PairMethod):
         return state.clusters.label(features_of(batch))
 
     def apply(self, batch: pl.DataFrame, state: Budgets) -> Verdict:
-        """The verdict on whole concepts (column `group`); a rejected pair's score is its distance to the centroid."""
-        label_N = batch["group"].to_numpy()
-        distance_N = state.clusters.distance(features_of(batch), label_N)
+        """The verdict on whole concepts (column `group`).
+
+        A rejected pair's score is its distance to the centroid, its twin the pair most like it among those of its concept that stay.
+        """
+        label_N, features_ND = batch["group"].to_numpy(), features_of(batch)
+        distance_N = state.clusters.distance(features_ND, label_N)
         rejected_N = np.ones(batch.height, dtype=bool)
+        twin_N = np.full(batch.height, -1, dtype=np.int64)
         for member_M in decision_order(batch, label_N, distance_N, self.config.select, self.seed):
             concept = label_N[member_M[0]]
             assert len(member_M) == state.size_K[concept], "a concept came in pieces"
-            rejected_N[member_M[: state.budget_K[concept]]] = False
-        return verdict(batch, rejected_N, REASON, distance_N)
+            kept_B, gone_R = np.split(member_M, [state.budget_K[concept]])
+            rejected_N[kept_B] = False
+            twin_N[gone_R] = nearest_among(features_ND, gone_R, kept_B)
+        twins = pl.Series(twin_N).replace(-1, None)
+        return verdict(batch, rejected_N, REASON, distance_N, batch["key"].gather(twins))
 
     def report(self, state: Budgets) -> Mapping[str, Any]:
         """Concepts, the spread of complexities, shares and budgets, and how many concepts stay whole."""
@@ -260,6 +268,16 @@ def round_to_total(exact_K: NDArray[np.float64], total: int) -> NDArray[np.int64
     budget_K[up] += 1
     assert budget_K.sum() == total, "exact budgets that do not sum to the total"
     return budget_K
+
+
+def nearest_among(features_ND: torch.Tensor, rows_R: NDArray[np.int64], others_B: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For some rows, the most similar one of some others, int64 `[R]`; -1 if there are no others. Holds `4 BLOCK_VALUES` bytes."""
+    if not len(others_B):
+        return np.full(len(rows_R), -1, dtype=np.int64)
+    other_BD = features_ND[torch.from_numpy(others_B)]
+    parts = torch.split(torch.from_numpy(rows_R), max(1, BLOCK_VALUES // len(others_B)))
+    place_R = torch.cat([(features_ND[part_T] @ other_BD.t()).argmax(dim=1) for part_T in parts])
+    return np.asarray(others_B[place_R.numpy()])
 
 
 def farthest_first(distance_N: NDArray[np.float32], label_N: NDArray[np.int64], concepts: int) -> list[NDArray[np.int64]]:
