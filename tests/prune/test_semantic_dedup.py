@@ -105,7 +105,7 @@ def test_clusters_of_one_are_marked() -> None:
 
 
 def test_default_clusters() -> None:
-    assert [default_clusters(rows) for rows in (0, 999, 5000, 10**6)] == [1, 1, 5, 1000]
+    assert [default_clusters(rows) for rows in (0, 999, 5000, 250_000, 10**6, 16 * 10**6)] == [1, 1, 5, 250, 500, 2000]
 
 
 def test_configuration() -> None:

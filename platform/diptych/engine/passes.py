@@ -199,8 +199,13 @@ class Stage:
 
     def _grouped(self, state: Any) -> None:
         buckets = max(1, -(-sum(map(mapped.size_bytes, self.tables)) // BUCKET_BYTES))
-        self._each(Route(self.place, state, buckets), self.tables, "routing")
-        list(self.session.map(Decide(self.place, state, len(self.tables)), range(buckets)))
+        decided = self.place.scratch / "decided.done"
+        if not decided.exists():
+            self._each(Route(self.place, state, buckets), self.tables, "routing")
+            list(self.session.map(Decide(self.place, state, len(self.tables)), range(buckets)))
+            decided.touch()
+        # At once, and not when the stage is done: what is deleted before it reached the disk costs nothing.
+        mapped.remove(list(self.place.scratch.glob("route-*")))
         self._each(Return(self.place, buckets), self.tables, "deciding")
 
 
