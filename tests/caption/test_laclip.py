@@ -197,7 +197,7 @@ def test_the_catalogue_builds_it() -> None:
         ({"rewriter": "lexikon"}, "did you mean 'lexicon'"),
         ({"endpoint": {"base_url": "http://h/v1", "model": "m", "api_key": "s3cret"}}, "did you mean 'api_key_env'"),
         ({"copies": 0}, "greater than or equal to 1"),
-        ({"copies": "4"}, "integer"),
+        ({"copies": "4"}, "a whole number"),
         ({"examples": []}, "at least 1"),
         ({"examples": ["chatgpt"]}, "plain"),
     ],

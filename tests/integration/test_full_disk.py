@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,14 +39,22 @@ def test_a_disk_that_fills_up_in_one_phase_after_another(
     fresh: Path, sized: Callable[[int], None], diptych: Diptych, expected: Results
 ) -> None:
     project, phases = fresh, []
-    for kibibytes in (64, 12_500, 36_000):
-        sized(kibibytes)
+
+    def fills_up() -> None:
         command = diptych(project, "run", "pool", "--in-process").done(4)
         assert "The disk is full" in command.text, command.text
         assert "bytes free" in command.text
         assert not commands.unfinished(project)
-        phases += [line.split()[0] for line in command.text.splitlines() if line.endswith("starting")][-1:]
-    assert phases == ["ingest", "prune", "train"]
+        phases.extend([line.split()[0] for line in command.text.splitlines() if line.endswith("starting")][-1:])
+
+    for kibibytes in (64, 12_500, 36_000):
+        sized(kibibytes)
+        fills_up()
+    sized(200_000)
+    diptych(project, "run", "pool", "--in-process", "--until", "caption").done()
+    sized(shutil.disk_usage(project / "runs").used // 1024 + 512)
+    fills_up()
+    assert phases == ["ingest", "curate", "prune", "train"]
     sized(200_000)
     diptych(project, "run", "pool", "--in-process").done()
     assert Results.of(project / "runs/pool") == expected
