@@ -98,3 +98,9 @@ def test_state_bytes_do_not_grow_with_the_pool() -> None:
     config = ClusterConfig.parse({"sample": 50})
     assert config.state_bytes(300, 16, lambda rows: 4) == 2 * 50 * (4 * 16 + 8)
     assert config.state_bytes(10**9, 16, lambda rows: 4) == config.state_bytes(300, 16, lambda rows: 4)
+
+
+def test_labour_grows_with_the_pool_and_its_clusters() -> None:
+    config = ClusterConfig.parse({"sample": 100, "iterations": 5})
+    assert config.labour(60, lambda rows: 9) == (5 * 60 + 60, (5 * 60 + 60) * 3), "20 sampled pairs a cluster"
+    assert config.labour(10**6, lambda rows: 2, lookups=2) == (500 + 2 * 10**6, (500 + 2 * 10**6) * 2)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
-from diptych.prune.kmeans import _label, _member_sums, _update, assign, fastest, nearest, similarity, spherical_kmeans
+from diptych.prune.kmeans import _label, _member_sums, _update, assign, fastest, nearest, pace, similarity, spherical_kmeans
 
 
 def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -181,3 +181,10 @@ def test_no_rows_give_no_labels() -> None:
     label_N, similarity_N = assign(torch.empty(0, 4), unit(3, 4))
     assert label_N.shape == similarity_N.shape == (0,)
     assert label_N.dtype == torch.int64
+
+
+def test_the_pace_of_a_machine_is_a_time_for_a_look_and_one_for_a_product() -> None:
+    looks_s, products_s = pace(16, rows=600)
+    assert 0 <= looks_s < 1
+    assert 0 <= products_s < 1
+    assert looks_s + products_s > 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from diptych.core.errors import ConfigError
+from diptych.prune import kmeans
 from diptych.prune.clusters import Clusters
 from diptych.prune.semantic_dedup import (
     Config,
@@ -120,7 +123,7 @@ def test_needs_and_report(run_pass, pairs, directions) -> None:
     method = Config(clusters=2).build(0)
     outcome = run_pass(method, [pairs(directions(2, 20, 8, 0.3))])
     assert method.needs == {"captions", "features"}
-    assert method.report(outcome.state) == {"pairs": 40, "clusters": 2}
+    assert method.report(outcome.state) == {"pairs": 40, "clusters": 2, "width": 8}
     assert method.state_bytes(40, 8) >= outcome.state.centroids_KD.nbytes
 
 
@@ -174,3 +177,23 @@ def test_a_copy_names_its_twin(run_pass, pairs) -> None:
     outcome = run_pass(Config(epsilon=0.05, clusters=3).build(0), [pairs(features_ND)])
     hits = [source[int(key[1:])] == source[int(twin[1:])] for key, twin in outcome.rejected.select("key", "twin").iter_rows()]
     assert np.mean(hits) > 0.95
+
+
+def test_its_labour_is_what_is_multiplied(pairs, directions, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Config(clusters=3, iterations=1, sample=50).build(0)
+    table = pairs(directions(2, 60, 8, 0.3))
+    done: list[int] = []
+
+    def counted(features_ND: torch.Tensor, centroids_KD: torch.Tensor, *rest: Any, own: Any = kmeans._label) -> Any:
+        done.append(len(features_ND) * len(centroids_KD))
+        return own(features_ND, centroids_KD, *rest)
+
+    monkeypatch.setattr(kmeans, "_label", counted)
+    state = None
+    for fold in method.folds():
+        state = fold.finish(fold.map(table, state), state)
+    method.group(table, state)
+    labour = method.labour(120)
+    compared = 120**2 / 6  # clusters of 40, of whose pairs half come before
+    assert (labour.looks, labour.products) == (50 + 120, sum(done) + compared)
+    assert method.labour(0).products == 0

@@ -11,9 +11,10 @@ import pytest
 
 from diptych.core import catalogue
 from diptych.core.chance import key_hashes
+from diptych.core.points import Labour
 from diptych.engine.pipeline import StageState
 from diptych.pairs.dataset import PairDataset
-from diptych.pairs.manifest import PhaseRecord, ShardEntry
+from diptych.pairs.manifest import Ledger, Left, PhaseRecord, ShardEntry
 from diptych.pairs.schema import CAPTIONS, IMAGE
 from diptych.pairs.write import DatasetWriter
 from diptych.workflow import costs, plan
@@ -98,3 +99,19 @@ def test_many_pairs_are_probed_with_more_of_them_unless_they_take_long(rows: int
     while (count := costs._next_probe(rows, probes)) is not None:
         probes.append((count, count * each_s))
     assert [count for count, _ in probes] == expected
+
+
+def test_what_grows_otherwise_than_the_pairs_is_foretold_by_its_labour(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = [{"method": "random-subset", "keep": 0.5}, {"method": "semantic-dedup", "clusters": 4, "iterations": 2, "sample": 100}]
+    configs = [catalogue.config_class(catalogue.find(str(value["method"]), "prune")).parse(value) for value in chain]
+    ledger = Ledger(
+        pairs_in=64, kept=30, left=(Left(method="random-subset", reason="r", count=32), Left(method="semantic-dedup", reason="r", count=2))
+    )
+    record = SimpleNamespace(report={"0-random-subset": {}, "1-semantic-dedup": {"width": 8}})
+    probed = SimpleNamespace(manifest=SimpleNamespace(ledger=ledger, phase=record))
+    monkeypatch.setattr(costs, "_pace", lambda width: Labour(looks=width, products=1))
+    seconds = costs._uneven(configs, 0, probed)  # type: ignore[arg-type]
+    for rows, half in ((100, 50), (10_000, 5_000)):
+        looks = 2 * min(100, half) + half
+        assert seconds(rows) == 8 * looks + 4 * looks + half**2 / 8
+    assert costs._uneven(configs[:1], 0, probed)(10**9) == 0  # type: ignore[arg-type]

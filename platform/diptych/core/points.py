@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +86,13 @@ class Fold(ABC):
         return partial
 
 
+class Labour(NamedTuple):
+    """Work on features: how often a row is looked at, and inner products of two rows."""
+
+    looks: float = 0.0
+    products: float = 0.0
+
+
 class PairMethod(ABC):
     """A curate, prune or caption method: zero or more folds, an optional grouping, then a verdict on every pair.
 
@@ -114,6 +121,11 @@ class PairMethod(ABC):
     @abstractmethod
     def apply(self, batch: pl.DataFrame, state: Any) -> Verdict:
         """The verdict on a batch (or, with `group`, on one or more whole groups: the column `group` tells them apart)."""
+
+    def labour(self, rows: int) -> Labour:
+        """The work on features that does not grow in step with the pairs, for `rows` of them: a plan, which sees only a few, asks for it."""
+        del rows
+        return Labour()
 
     def report(self, state: Any) -> Mapping[str, Any]:
         """Plain figures for the report: counts, thresholds, histograms. Small."""

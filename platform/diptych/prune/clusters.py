@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from diptych.core.chance import key_hash, key_hashes, mix
 from diptych.core.config import Config
 from diptych.core.errors import DataError
-from diptych.core.points import Fold
+from diptych.core.points import Fold, Labour
 from diptych.pairs.sample import Bar, BarFold, Draw, DrawnFold
 from diptych.prune.kmeans import nearest, similarity, spherical_kmeans
 
@@ -47,6 +47,15 @@ class ClusterConfig(Config):
         """Most memory of the folds for `rows` pairs with features of `width` floats: a sample being put in order, or the centroids."""
         sample = 2 * min(self.sample, rows) * (4 * width + 8)
         return max(sample, (self.clusters or choose(rows)) * (4 * width + 32))
+
+    def count(self, rows: int, choose: Callable[[int], int]) -> int:
+        """Clusters made of `rows` pairs; of none: 1."""
+        return self.clusters or min(choose(rows), max(1, min(self.sample, rows) // ROWS_PER_CENTROID))
+
+    def labour(self, rows: int, choose: Callable[[int], int], lookups: int = 1) -> Labour:
+        """The work of fitting the clusters to a sample, and of finding every pair's so many times."""
+        looks = self.iterations * min(self.sample, rows) + lookups * rows
+        return Labour(looks, looks * self.count(rows, choose))
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def fit(feature_SD: NDArray[np.float32], rows: int, config: ClusterConfig, seed:
     held = len(feature_SD)
     if held == 0:
         raise DataError.at("There are no pairs to cluster", "the pair table", "0 pairs", "at least one pair", "look at what left before")
-    wanted = config.clusters or min(choose(rows), max(1, held // ROWS_PER_CENTROID))
+    wanted = config.count(rows, choose)
     if wanted > held:
         raise DataError.at(
             "Fewer pairs than clusters", "clusters", wanted, f"at most {held}, the pairs there are", "lower it, or leave it out"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diptych.core.errors import ConfigError
-from diptych.core.points import Fold, Need, PairMethod, Verdict
+from diptych.core.points import Fold, Labour, Need, PairMethod, Verdict
 from diptych.prune.clusters import ClusterConfig, Clusters, Order, cluster_folds, decision_order, features_of, tensor
 from diptych.prune.verdicts import verdict
 
@@ -27,6 +27,8 @@ PAIRS_A_CONCEPT = 100
 MOST_CONCEPTS = 500
 
 BLOCK_VALUES = 1 << 20
+TWINS_AMONG = 1024
+"""A pair's twin is looked for among so many that just stayed: among all of a concept, evidence would grow with the square of the pool."""
 DISTANCE_UNIT = 2.0**-30
 """Distances are summed in whole units of this size: integers add up to the same sum however the pool is cut. It is finer than
 a float32 distance, and 2^32 pairs of the largest distance, 2, fit an int64."""
@@ -124,6 +126,10 @@ class ConceptPruning(PairMethod):
         """Most memory of the state, for `rows` pairs with features of `width` floats: the merged sample, then the budgets."""
         return self.config.state_bytes(rows, width, default_concepts)
 
+    def labour(self, rows: int) -> Labour:
+        """That of the clusters, whose members are looked up twice: for the budgets, and to share them out."""
+        return self.config.labour(rows, default_concepts, lookups=2)
+
     def group(self, batch: pl.DataFrame, state: Budgets) -> NDArray[np.int64]:
         """The concept of every pair."""
         return state.clusters.label(features_of(batch))
@@ -131,7 +137,8 @@ class ConceptPruning(PairMethod):
     def apply(self, batch: pl.DataFrame, state: Budgets) -> Verdict:
         """The verdict on whole concepts (column `group`).
 
-        A rejected pair's score is its distance to the centroid, its twin the pair most like it among those of its concept that stay.
+        A rejected pair's score is its distance to the centroid, its twin the pair most like it among those of its concept that stay
+        (of more than `TWINS_AMONG` the last in the ranking, which lie as far from the centroid as it does, or nearly).
         """
         label_N, features_ND = batch["group"].to_numpy(), features_of(batch)
         distance_N = state.clusters.distance(features_ND, label_N)
@@ -142,15 +149,16 @@ class ConceptPruning(PairMethod):
             assert len(member_M) == state.size_K[concept], "a concept came in pieces"
             kept_B, gone_R = np.split(member_M, [state.budget_K[concept]])
             rejected_N[kept_B] = False
-            twin_N[gone_R] = nearest_among(features_ND, gone_R, kept_B)
+            twin_N[gone_R] = nearest_among(features_ND, gone_R, kept_B[-TWINS_AMONG:])
         twins = pl.Series(twin_N).replace(-1, None)
         return verdict(batch, rejected_N, REASON, distance_N, batch["key"].gather(twins))
 
     def report(self, state: Budgets) -> Mapping[str, Any]:
-        """Concepts, the spread of complexities, shares and budgets, and how many concepts stay whole."""
+        """Concepts, the width of features, the spread of complexities, shares and budgets, and how many concepts stay whole."""
         return {
             "pairs": int(state.size_K.sum()),
             "concepts": len(state.size_K),
+            "width": state.clusters.centroids_KD.shape[1],
             "kept": int(state.budget_K.sum()),
             "whole_concepts": int((state.budget_K == state.size_K).sum()),
             **{f"complexity_{name}": float(getattr(state.complexity_K, name)()) for name in ("min", "mean", "max")},

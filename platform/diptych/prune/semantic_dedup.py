@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from diptych.core.points import Fold, Need, PairMethod, Verdict
+from diptych.core.points import Fold, Labour, Need, PairMethod, Verdict
 from diptych.prune.clusters import ClusterConfig, Clusters, Order, cluster_folds, decision_order, features_of
 from diptych.prune.kmeans import fastest, similarity, slack
 from diptych.prune.verdicts import verdict
@@ -66,6 +66,11 @@ class SemanticDedup(PairMethod):
         """Most memory of the state, for `rows` pairs with features of `width` floats: the merged sample, then the centroids."""
         return self.config.state_bytes(rows, width, default_clusters)
 
+    def labour(self, rows: int) -> Labour:
+        """That of the clusters, and to compare every pair with those before it in its cluster."""
+        found = self.config.labour(rows, default_clusters)
+        return found._replace(products=found.products + rows**2 / (2 * self.config.count(rows, default_clusters)))
+
     def group(self, batch: pl.DataFrame, state: Clusters) -> NDArray[np.int64]:
         """The cluster of every pair."""
         return state.label(features_of(batch))
@@ -87,8 +92,8 @@ class SemanticDedup(PairMethod):
         return verdict(batch, rejected_N, REASON, score_N, batch["key"].gather(twin_N))
 
     def report(self, state: Clusters) -> Mapping[str, Any]:
-        """How many clusters were made of how many pairs."""
-        return {"pairs": state.rows, "clusters": len(state.centroids_KD)}
+        """How many clusters were made of how many pairs, and the width of their features."""
+        return {"pairs": state.rows, "clusters": len(state.centroids_KD), "width": state.centroids_KD.shape[1]}
 
 
 def default_clusters(rows: int) -> int:

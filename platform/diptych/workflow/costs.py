@@ -14,14 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from diptych.caption.rewriters.endpoint import EndpointConfig
+from diptych.core.config import Config
 from diptych.core.errors import DiptychError
-from diptych.core.points import RawPair, Source
+from diptych.core.points import Labour, PairMethod, RawPair, Source
 from diptych.engine import passes
 from diptych.engine.progress import Progress
 from diptych.engine.session import Session, usable_cores
@@ -181,7 +183,7 @@ class _Hurried(Source):
 
 
 def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
-    """Runs the phase on small samples in this process, larger ones for many pairs; the slope over them is the time a pair takes.
+    """Runs the phase on small samples in this process, larger ones for many pairs; how their time grows says what all of them take.
 
     A millisecond of noise in a probe of 512 pairs is two seconds a million, so a far goal wants a longer run-up. Code that is loaded on
     first use would pass for the time of the smallest sample, so that one goes first once more. Memory follows the largest table, since
@@ -204,15 +206,16 @@ def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
                 _timed_pass(phase, store, sample, folder / "first")
             probes.append(_timed_pass(phase, store, sample, folder / str(count)))
             memory.append(_memory_bytes())
+        counts = [count for count, _ in probes]
+        uneven = _uneven(store.workflow.methods(phase), store.workflow.seed, PairDataset.open(folder / str(counts[-1]) / "out"))
     except DiptychError as error:  # a method that cannot work on so few pairs tells nothing about many; one that never can is found here
         return Cost(rows=rows, unmeasured=_trial(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    counts = [count for count, _ in probes]
     most = max((table.rows for table in dataset.manifest.tables), default=0)
     return Cost(
         rows=rows,
-        seconds=_further(counts, [seconds for _, seconds in probes], rows),
+        seconds=max(probes[-1][1], uneven(rows) + _further(counts, [max(0.0, seconds - uneven(count)) for count, seconds in probes], rows)),
         memory_bytes=round(_further(counts, memory, min(rows, most))),
         written_bytes=rows * TABLE_ROW_BYTES,
     )
@@ -228,6 +231,37 @@ def _further(counts: Sequence[int], values: Sequence[float], rows: int) -> float
     """What the line through the smallest and the largest probe says of `rows` pairs; never less than the largest probe."""
     slope = max(0.0, values[-1] - values[0]) / max(1, counts[-1] - counts[0])
     return values[-1] + slope * max(0, rows - counts[-1])
+
+
+def _uneven(configs: Sequence[Config], seed: int, probed: PairDataset) -> Callable[[int], float]:
+    """Seconds, by the pairs that come in, of the work that does not grow in step with them, at the pace of this machine.
+
+    Of a chain every method is taken to lose the share that it lost of the pairs that were probed.
+    """
+    ledger, reports = probed.manifest.ledger, probed.manifest.phase.report
+    share, counted = 1.0, set[str]()
+    parts: list[tuple[PairMethod, float, Labour]] = []
+    for position, config in enumerate(passes.steps_of(configs)):
+        method: PairMethod = config.build(seed)  # type: ignore[attr-defined]
+        name = str(config.plain().get("method", ""))
+        if any(method.labour(ledger.pairs_in)):
+            parts.append((method, share, _pace(int(reports[f"{position}-{name}"]["width"]))))
+        if name not in counted:
+            share -= sum(left.count for left in ledger.left if left.method == name) / max(1, ledger.pairs_in)
+        counted.add(name)
+
+    def seconds(rows: int) -> float:
+        done = [(method.labour(round(rows * share)), pace) for method, share, pace in parts]
+        return sum(labour.looks * pace.looks + labour.products * pace.products for labour, pace in done)
+
+    return seconds
+
+
+@cache
+def _pace(width: int) -> Labour:
+    from diptych.prune.kmeans import pace
+
+    return pace(width)
 
 
 def _next_probe(rows: int, probes: Sequence[tuple[int, float]]) -> int | None:
