@@ -96,3 +96,19 @@ def test_the_model_directory_counts_for_the_phases_identity() -> None:
     with pytest.raises(ConfigError, match="There is no captioner"):
         Config(model="a/b").build(0)
     assert "pixels" in CfgCaptioning.needs
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance"),
+    [
+        ({"model": "x"}, 1.5),
+        ({"model": "x", "guidance": None}, 1.5),
+        ({"model": "x", "guidance": 3.0}, 3.0),
+        ({"captioner": "local", "local": {"path": "y"}}, None),
+        ({"captioner": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:9", "model": "m"}}, None),
+    ],
+)
+def test_the_guidance_that_is_recorded_is_the_one_that_is_used(fields: dict[str, Any], guidance: float | None) -> None:
+    config = Config.parse(fields)
+    assert config.plain()["guidance"] == guidance
+    assert Config.parse(config.plain()) == config

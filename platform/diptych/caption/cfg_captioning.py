@@ -23,6 +23,7 @@ from diptych.core.points import Need, PairMethod, Verdict
 from diptych.pairs.schema import CAPTIONS
 
 SOURCE = "synthetic:cfg-captioning"
+DEFAULT_GUIDANCE = 1.5
 DROPPED = "meta.captioning_dropped"
 """Why a pair has no caption of the captioner: `empty`, `identical` (to one that it has, but for capitals), `long`, `failed`; null: it has one."""
 
@@ -37,7 +38,9 @@ class Config(BaseConfig):
         "checkpoint", description="who captions: a model directory of ours, a 🤗 model on disk, a server"
     )
     model: str | None = Field(None, min_length=1, description="the model directory; required with captioner checkpoint")
-    guidance: float = Field(1.5, ge=0, le=100, description="scale of classifier-free guidance; 1: none; only with captioner checkpoint")
+    guidance: float | None = Field(
+        None, ge=0, le=100, description="scale of classifier-free guidance; 1: none; 1.5 with captioner checkpoint, which alone can be guided"
+    )
     place: Literal["append", "first", "replace"] = Field(
         "append", description="behind the pair's captions, before them, or in place of all but its tags"
     )
@@ -45,6 +48,14 @@ class Config(BaseConfig):
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="how the model directory decodes")
     local: LocalConfig | None = Field(None, description="the 🤗 model; required with captioner local")
     endpoint: VisionEndpointConfig | None = Field(None, description="the server; required with captioner endpoint")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided_by_default(cls, data: Any) -> Any:
+        """Records the scale that is used, and none where none can be."""
+        if isinstance(data, dict) and data.get("captioner", "checkpoint") == "checkpoint" and data.get("guidance") is None:
+            return {**data, "guidance": DEFAULT_GUIDANCE}
+        return data
 
     @model_validator(mode="after")
     def _one_captioner(self) -> Self:
@@ -57,7 +68,7 @@ class Config(BaseConfig):
             raise ValueError(
                 f"the captioner {self.captioner!r} needs the key {'model' if self.captioner == 'checkpoint' else self.captioner!r}"
             )
-        if self.captioner != "checkpoint" and "guidance" in self.model_fields_set and self.guidance != 1:
+        if self.captioner != "checkpoint" and self.guidance not in (None, 1):
             raise ValueError("only a model directory can be guided, for its picture can be hidden: remove guidance, or set it to 1")
         return self
 
@@ -68,6 +79,7 @@ class Config(BaseConfig):
         if self.local is not None:
             return CfgCaptioning(self, self.local.build())
         assert self.model is not None
+        assert self.guidance is not None
         return CfgCaptioning(self, self.checkpoint.build(self.model, self.guidance, seed))
 
 
