@@ -39,7 +39,10 @@ class Config(BaseConfig):
     )
     model: str | None = Field(None, min_length=1, description="the model directory; required with captioner checkpoint")
     guidance: float | None = Field(
-        None, ge=0, le=100, description="scale of classifier-free guidance; 1: none; 1.5 with captioner checkpoint, which alone can be guided"
+        None,
+        ge=0,
+        le=100,
+        description="scale of classifier-free guidance; 1: none; 1.5 with captioner checkpoint, which alone can be guided",
     )
     place: Literal["append", "first", "replace"] = Field(
         "append", description="behind the pair's captions, before them, or in place of all but its tags"
