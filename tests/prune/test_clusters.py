@@ -104,3 +104,10 @@ def test_labour_grows_with_the_pool_and_its_clusters() -> None:
     config = ClusterConfig.parse({"sample": 100, "iterations": 5})
     assert config.labour(60, lambda rows: 9) == (5 * 60 + 60, (5 * 60 + 60) * 3), "20 sampled pairs a cluster"
     assert config.labour(10**6, lambda rows: 2, lookups=2) == (500 + 2 * 10**6, (500 + 2 * 10**6) * 2)
+
+
+def test_a_trial_takes_its_share_of_the_sample_and_enough_for_the_clusters() -> None:
+    config = ClusterConfig.parse({"sample": 100_000})
+    assert [config.tried_on(share).sample for share in (1.0, 0.5, 1e-6)] == [100_000, 50_000, 2048]
+    assert ClusterConfig.parse({"sample": 5000, "clusters": 4000}).tried_on(0.1).sample == 4000
+    assert ClusterConfig.parse({"sample": 50}).tried_on(0.1).sample == 50

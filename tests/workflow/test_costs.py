@@ -17,7 +17,7 @@ from diptych.pairs.dataset import PairDataset
 from diptych.pairs.manifest import Ledger, Left, PhaseRecord, ShardEntry
 from diptych.pairs.schema import CAPTIONS, IMAGE
 from diptych.pairs.write import DatasetWriter
-from diptych.workflow import costs, plan
+from diptych.workflow import costs, plan, probes
 
 
 def dataset(folder: Path, tables: int, rows: int) -> PairDataset:
@@ -38,7 +38,7 @@ def test_a_probe_takes_the_first_training_pairs_by_key_hash(tmp_path: Path) -> N
     pairs = dataset(tmp_path, tables=3, rows=20)
     train = pairs.read().filter(pl.col("split") == "train")["key"]
     first = train[key_hashes(train).argsort()[:10]]
-    assert costs._few(pairs, tmp_path / "few", 10).read(["key"])["key"].to_list() == first.to_list()
+    assert probes.few(pairs, tmp_path / "few", 10).read(["key"])["key"].to_list() == first.to_list()
 
 
 def test_a_probe_reads_few_of_many_tables_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +51,8 @@ def test_a_probe_reads_few_of_many_tables_one_at_a_time(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(PairDataset, "table", table)
     monkeypatch.setattr(PairDataset, "read", lambda *_: pytest.fail("all pairs in memory"))
-    assert len(costs._few(pairs, tmp_path / "few", 1000)) == 3 * len(read)
-    assert len(read) <= costs.PROBE_TABLES
+    assert len(probes.few(pairs, tmp_path / "few", 1000)) == 3 * len(read)
+    assert len(read) <= probes.PROBE_TABLES
     assert read[-1] >= 45
 
 
@@ -72,7 +72,7 @@ def test_a_probe_asks_no_server_and_trains_no_scout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, object], why: str
 ) -> None:
     pairs = dataset(tmp_path, tables=1, rows=8)
-    monkeypatch.setattr(costs, "_timed_pass", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(probes, "_run", lambda *_: pytest.fail("probed"))
     config = catalogue.config_class(catalogue.find(str(method["method"]))).parse(method)
     store = SimpleNamespace(workflow=SimpleNamespace(methods=lambda _: (config,)))
     cost = costs._pass("caption", store, pairs)  # type: ignore[arg-type]
@@ -95,10 +95,10 @@ def test_a_probe_asks_no_server_and_trains_no_scout(
     ],
 )
 def test_many_pairs_are_probed_with_more_of_them_unless_they_take_long(rows: int, each_s: float, expected: list[int]) -> None:
-    probes: list[tuple[int, float]] = []
-    while (count := costs._next_probe(rows, probes)) is not None:
-        probes.append((count, count * each_s))
-    assert [count for count, _ in probes] == expected
+    done: list[probes.Probe] = []
+    while (count := probes.next_probe(rows, done)) is not None:
+        done.append(probes.Probe(count, count * each_s, 0.0, 0))
+    assert [probe.rows for probe in done] == expected
 
 
 def test_what_grows_otherwise_than_the_pairs_is_foretold_by_its_labour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +109,9 @@ def test_what_grows_otherwise_than_the_pairs_is_foretold_by_its_labour(monkeypat
     )
     record = SimpleNamespace(report={"0-random-subset": {}, "1-semantic-dedup": {"width": 8}})
     probed = SimpleNamespace(manifest=SimpleNamespace(ledger=ledger, phase=record))
-    monkeypatch.setattr(costs, "_pace", lambda width: Labour(looks=width, products=1))
-    seconds = costs._uneven(configs, 0, probed)  # type: ignore[arg-type]
+    monkeypatch.setattr(probes, "_pace", lambda width: Labour(looks=width, products=1))
+    seconds = probes.uneven(configs, 0, probed)  # type: ignore[arg-type]
     for rows, half in ((100, 50), (10_000, 5_000)):
         looks = 2 * min(100, half) + half
         assert seconds(rows) == 8 * looks + 4 * looks + half**2 / 8
-    assert costs._uneven(configs[:1], 0, probed)(10**9) == 0  # type: ignore[arg-type]
+    assert probes.uneven(configs[:1], 0, probed)(10**9) == 0  # type: ignore[arg-type]

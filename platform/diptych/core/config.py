@@ -41,6 +41,11 @@ class Config(BaseModel):
         except TypeError as error:
             raise ConfigError.at("The configuration is not plain data", where or "(root)", data, f"YAML values only ({error})") from None
 
+    def tried_on(self, share: float) -> Self:
+        """The configuration to try on such a share of the pairs, in (0, 1], so that they take about that share of the work."""
+        del share
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The configuration as JSON-able data with every default filled in: what digests, locks and MLflow see."""
         data: dict[str, Any] = self.model_dump(mode="json")

@@ -28,6 +28,9 @@ Order = Literal["hard", "easy", "random"]
 ROWS_PER_CENTROID = 20
 """Fewer sampled rows than this fit a centroid badly: the number of clusters that is chosen for the user stays below it."""
 
+TRIED_ON = 2048
+"""Pairs in the sample of a trial, at least."""
+
 
 class ClusterConfig(Config):
     """The parameters of a method that clusters features first."""
@@ -42,6 +45,10 @@ class ClusterConfig(Config):
         if self.clusters is not None and self.clusters > self.sample:
             raise ValueError(f"clusters ({self.clusters}) at most sample ({self.sample}): every centroid starts at a sampled pair")
         return self
+
+    def tried_on(self, share: float) -> Self:
+        """With that share of the sample, which of few pairs would else be all of them; enough of it for any clusters."""
+        return self.model_copy(update={"sample": min(self.sample, max(self.clusters or 0, TRIED_ON, round(self.sample * share)))})
 
     def state_bytes(self, rows: int, width: int, choose: Callable[[int], int]) -> int:
         """Most memory of the folds for `rows` pairs with features of `width` floats: a sample being put in order, or the centroids."""

@@ -7,38 +7,28 @@ latter are constants, measured on two idle cores with compiled byte code (docs/L
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from diptych.caption.rewriters.endpoint import EndpointConfig
-from diptych.core.config import Config
 from diptych.core.errors import DiptychError
-from diptych.core.points import Labour, PairMethod, RawPair, Source
+from diptych.core.points import RawPair, Source
 from diptych.engine import passes
-from diptych.engine.progress import Progress
 from diptych.engine.session import Session, usable_cores
 from diptych.pairs.dataset import PairDataset
-from diptych.workflow import phases
+from diptych.workflow import phases, probes
 from diptych.workflow.spec import PAIR_PHASES, Workflow
 from diptych.workflow.store import Store
 
 ON_RAY = ("ingest", *PAIR_PHASES, "train")
-PROBE_ROWS = (128, 512)
-FAR = 50
-PROBE_S = 1.0
-"""A phase with more than `FAR` times the pairs of its largest probe is probed again with four times as many, unless that one took so long."""
-PROBE_TABLES = 16
-"""Tables that a probe reads, one at a time, spread evenly: a plan for a billion pairs reads as much as one for a million."""
 PROBE_STEPS = 6
 PROBE_PARTS_S = 2.0
 PROBE_TEXTS = 64
@@ -135,10 +125,6 @@ def _rows(dataset: PairDataset, *splits: str) -> int:
     return int(dataset.scan().filter(pl.col("split").is_in(splits)).select(pl.len()).collect().item())
 
 
-def _memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _ingest(workflow: Workflow) -> Cost:
     """Reads and packs whole parts of the source for about two seconds; the other parts are taken to be like them.
 
@@ -162,7 +148,9 @@ def _ingest(workflow: Workflow) -> Cost:
     if not read:
         return Cost()
     share = read / len(parts)
-    return Cost(round(rows / share), None, seconds / share / min(len(parts), usable_cores()), _memory_bytes(), round(size_bytes / share))
+    return Cost(
+        round(rows / share), None, seconds / share / min(len(parts), usable_cores()), probes.used_bytes(), round(size_bytes / share)
+    )
 
 
 class _Hurried(Source):
@@ -183,124 +171,25 @@ class _Hurried(Source):
 
 
 def _pass(phase: str, store: Store, dataset: PairDataset) -> Cost:
-    """Runs the phase on small samples in this process, larger ones for many pairs; how their time grows says what all of them take.
-
-    A millisecond of noise in a probe of 512 pairs is two seconds a million, so a far goal wants a longer run-up. Code that is loaded on
-    first use would pass for the time of the smallest sample, so that one goes first once more. Memory follows the largest table, since
-    passes hold one table at a time.
-    """
-    rows = _rows(dataset, "train")
-    if not store.workflow.methods(phase):
+    """What the probes of a phase over pairs say (`workflow/probes.py`)."""
+    rows, configs = _rows(dataset, "train"), store.workflow.methods(phase)
+    if not configs:
         return Cost(rows=rows, seconds=0.1, memory_bytes=0, written_bytes=rows * TABLE_ROW_BYTES)
-    if any(getattr(config, "features", None) == phases.SCOUT for config in store.workflow.methods(phase)):
+    if any(getattr(config, "features", None) == phases.SCOUT for config in configs):
         return Cost(rows=rows, unmeasured="a scout is trained first")  # no probe is cheap
-    if any(isinstance(value, EndpointConfig) for config in store.workflow.methods(phase) for _, value in config):
+    if any(isinstance(value, EndpointConfig) for config in configs for _, value in config):
         return Cost(rows=rows, unmeasured="a server would be asked")  # whose answers may cost money, and a probe asks several times
-    folder = Path(tempfile.mkdtemp(prefix="diptych-probe-"))
-    probes: list[tuple[int, float]] = []
-    memory: list[int] = []
     try:
-        while (count := _next_probe(rows, probes)) is not None:
-            sample = _few(dataset, folder / f"few-{count}", count)
-            if not probes:
-                _timed_pass(phase, store, sample, folder / "first")
-            probes.append(_timed_pass(phase, store, sample, folder / str(count)))
-            memory.append(_memory_bytes())
-        counts = [count for count, _ in probes]
-        uneven = _uneven(store.workflow.methods(phase), store.workflow.seed, PairDataset.open(folder / str(counts[-1]) / "out"))
+        seconds, memory_bytes = probes.foretold(phase, store.workflow, dataset, rows)
     except DiptychError as error:  # a method that cannot work on so few pairs tells nothing about many; one that never can is found here
         return Cost(rows=rows, unmeasured=_trial(error))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    most = max((table.rows for table in dataset.manifest.tables), default=0)
-    return Cost(
-        rows=rows,
-        seconds=max(probes[-1][1], uneven(rows) + _further(counts, [max(0.0, seconds - uneven(count)) for count, seconds in probes], rows)),
-        memory_bytes=round(_further(counts, memory, min(rows, most))),
-        written_bytes=rows * TABLE_ROW_BYTES,
-    )
+    return Cost(rows=rows, seconds=seconds, memory_bytes=memory_bytes, written_bytes=rows * TABLE_ROW_BYTES)
 
 
 def _trial(error: DiptychError) -> str:
     """What a trial on a few pairs ran into, on one line."""
     first = next(iter(error.problems), None)
     return f"on a few pairs it says: {error.headline}" + (f" ({first.where}: {first.got})" if first else "")
-
-
-def _further(counts: Sequence[int], values: Sequence[float], rows: int) -> float:
-    """What the line through the smallest and the largest probe says of `rows` pairs; never less than the largest probe."""
-    slope = max(0.0, values[-1] - values[0]) / max(1, counts[-1] - counts[0])
-    return values[-1] + slope * max(0, rows - counts[-1])
-
-
-def _uneven(configs: Sequence[Config], seed: int, probed: PairDataset) -> Callable[[int], float]:
-    """Seconds, by the pairs that come in, of the work that does not grow in step with them, at the pace of this machine.
-
-    Of a chain every method is taken to lose the share that it lost of the pairs that were probed.
-    """
-    ledger, reports = probed.manifest.ledger, probed.manifest.phase.report
-    share, counted = 1.0, set[str]()
-    parts: list[tuple[PairMethod, float, Labour]] = []
-    for position, config in enumerate(passes.steps_of(configs)):
-        method: PairMethod = config.build(seed)  # type: ignore[attr-defined]
-        name = str(config.plain().get("method", ""))
-        if any(method.labour(ledger.pairs_in)):
-            parts.append((method, share, _pace(int(reports[f"{position}-{name}"]["width"]))))
-        if name not in counted:
-            share -= sum(left.count for left in ledger.left if left.method == name) / max(1, ledger.pairs_in)
-        counted.add(name)
-
-    def seconds(rows: int) -> float:
-        done = [(method.labour(round(rows * share)), pace) for method, share, pace in parts]
-        return sum(labour.looks * pace.looks + labour.products * pace.products for labour, pace in done)
-
-    return seconds
-
-
-@cache
-def _pace(width: int) -> Labour:
-    from diptych.prune.kmeans import pace
-
-    return pace(width)
-
-
-def _next_probe(rows: int, probes: Sequence[tuple[int, float]]) -> int | None:
-    """How many pairs to probe next, for a phase of `rows` after `probes` (pairs and seconds of each); None when these will do."""
-    further = len(probes) - len(PROBE_ROWS)
-    if further < 0:
-        return PROBE_ROWS[further]
-    largest = PROBE_ROWS[-1] * 4**further
-    return 4 * largest if rows > FAR * largest and probes[-1][1] < PROBE_S else None
-
-
-def _timed_pass(phase: str, store: Store, sample: PairDataset, folder: Path) -> tuple[int, float]:
-    """Pairs and seconds of one probe."""
-    with Session(in_process=True) as session:
-        bench = phases.Bench(
-            store.workflow, lambda name: folder / "out" if name == phase else sample.root, session, Progress(quiet=True),
-            folder / "scratch", folder / "cache",
-        )  # fmt: skip
-        started = time.perf_counter()
-        phases.run(phase, bench)
-        return len(sample), time.perf_counter() - started
-
-
-def _few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:
-    """The first `rows` training pairs by key hash, of `PROBE_TABLES` tables at most, as a dataset of its own."""
-    from diptych.core.chance import key_hashes
-    from diptych.pairs.write import DatasetWriter
-
-    step = max(1, -(-len(dataset.tables()) // PROBE_TABLES))
-    frame = pl.DataFrame()
-    for index in range(0, len(dataset.tables()), step):
-        part = dataset.table(index).filter(pl.col("split") == "train")
-        frame = pl.concat([frame, part]) if frame.width else part
-        frame = frame[key_hashes(frame["key"]).argsort()[:rows]]
-    with DatasetWriter(
-        out, dataset.manifest.phase, [dataset.digest], dataset.manifest.shards, pairs_in=frame.height, shards_root=dataset.root
-    ) as writer:
-        writer.add(frame, None)
-        return writer.finish()
 
 
 def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
@@ -329,7 +218,7 @@ def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     speed = section.workers * (SEVERAL_WORKERS if section.workers > 1 else 1.0)
-    return Cost(rows, steps, steps * step_s / speed, _memory_bytes() * section.workers, model_bytes * (1 + CHECKPOINT_TIMES))
+    return Cost(rows, steps, steps * step_s / speed, probes.used_bytes() * section.workers, model_bytes * (1 + CHECKPOINT_TIMES))
 
 
 def _step_seconds(log: Path) -> float:
@@ -356,7 +245,7 @@ def _evaluation(workflow: Workflow, dataset: PairDataset) -> Cost:
         text_s = _seconds(lambda: encoder.encode_text(text_NL)) / len(text_NL)
     figures = len(plain) + (_trials(workflow) if workflow.sweep else 0)
     seconds = rows * (image_s + PICTURE_S) + figures * rows * text_s + EVALUATION_S
-    return Cost(rows, None, seconds, _memory_bytes(), rows * 4 * int(encoder.config["embed_dim"]))
+    return Cost(rows, None, seconds, probes.used_bytes(), rows * 4 * int(encoder.config["embed_dim"]))
 
 
 def _seconds(work: Callable[[], Any]) -> float:
