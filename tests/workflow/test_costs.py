@@ -6,18 +6,22 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import polars as pl
 import pytest
+from tests.workflow.conftest import WORKFLOW
 
 from diptych.core import catalogue
 from diptych.core.chance import key_hashes
 from diptych.core.points import Labour
+from diptych.engine import features
 from diptych.engine.pipeline import StageState
 from diptych.pairs.dataset import PairDataset
 from diptych.pairs.manifest import Ledger, Left, PhaseRecord, ShardEntry
 from diptych.pairs.schema import CAPTIONS, IMAGE
 from diptych.pairs.write import DatasetWriter
-from diptych.workflow import costs, plan, probes
+from diptych.workflow import costs, plan, probes, spec
+from diptych.workflow.spec import Workflow
 
 
 def dataset(folder: Path, tables: int, rows: int) -> PairDataset:
@@ -115,3 +119,39 @@ def test_what_grows_otherwise_than_the_pairs_is_foretold_by_its_labour(monkeypat
         looks = 2 * min(100, half) + half
         assert seconds(rows) == 8 * looks + 4 * looks + half**2 / 8
     assert probes.uneven(configs[:1], 0, probed)(10**9) == 0  # type: ignore[arg-type]
+
+
+def workflow_of(chain: list[dict[str, object]]) -> Workflow:
+    return spec.check({**WORKFLOW, "curate": [], "prune": chain}, Path("small.yaml"))
+
+
+def test_a_phase_into_which_no_pair_comes_has_a_plan(tmp_path: Path) -> None:
+    nobody = dataset(tmp_path, tables=1, rows=0)
+    cost = costs._pass("prune", SimpleNamespace(workflow=workflow_of([{"method": "random-subset", "keep": 0.5}])), nobody)  # type: ignore[arg-type]
+    assert (cost.rows, cost.unmeasured) == (0, "")
+    assert cost.seconds is not None
+
+
+def test_a_chain_with_clusters_is_probed_with_a_share_of_its_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = dataset(tmp_path, tables=2, rows=2000)  # of which 3,000 are for training
+
+    def made_up(spec: object, frame: pl.DataFrame, reader: object) -> np.ndarray:
+        values = np.random.default_rng(frame.height).standard_normal((frame.height, 8)).astype(np.float32)
+        return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+    samples: list[tuple[int, int]] = []
+    own = probes._run
+
+    def watched(phase: str, workflow: Workflow, sample: PairDataset, folder: Path) -> tuple[float, PairDataset]:
+        samples.append((len(sample), workflow.prune[0].sample))  # type: ignore[attr-defined]
+        return own(phase, workflow, sample, folder)
+
+    monkeypatch.setattr(features, "compute", made_up)
+    monkeypatch.setattr(probes, "_run", watched)
+    monkeypatch.setattr(probes, "_pace", lambda width: Labour(looks=0.0, products=width * 1e-3))
+    workflow = workflow_of([{"method": "semantic-dedup", "sample": 3000, "clusters": 2, "iterations": 2}])
+    seconds, memory_bytes = probes.foretold("prune", workflow, pairs, 3000)
+    assert samples == [(128, 2048), (128, 2048), (512, 2048)], "the smallest goes first once more"
+    products = 2 * (2 * 3000 + 3000) + 3000**2 / 4
+    assert seconds == pytest.approx(products * 8e-3, abs=60), "of so slow products nothing else is seen"
+    assert memory_bytes > 10**8

@@ -58,7 +58,7 @@ def foretold(phase: str, workflow: Workflow, dataset: PairDataset, rows: int) ->
     try:
         while (count := next_probe(rows, done)) is not None:
             sample = few(dataset, folder / f"few-{count}", count)
-            tried = tuple(config.tried_on(min(1.0, len(sample) / rows)) for config in configs)
+            tried = tuple(config.tried_on(len(sample) / max(1, rows)) for config in configs)
             trial = replace(workflow, **{phase: tried})  # type: ignore[arg-type]
             if not done:
                 _run(phase, trial, sample, folder / "first")
