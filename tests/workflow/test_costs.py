@@ -114,11 +114,10 @@ def test_what_grows_otherwise_than_the_pairs_is_foretold_by_its_labour(monkeypat
     record = SimpleNamespace(report={"0-random-subset": {}, "1-semantic-dedup": {"width": 8}})
     probed = SimpleNamespace(manifest=SimpleNamespace(ledger=ledger, phase=record))
     monkeypatch.setattr(probes, "_pace", lambda width: Labour(looks=width, products=1))
-    seconds = probes.uneven(configs, 0, probed)  # type: ignore[arg-type]
     for rows, half in ((100, 50), (10_000, 5_000)):
         looks = 2 * min(100, half) + half
-        assert seconds(rows) == 8 * looks + 4 * looks + half**2 / 8
-    assert probes.uneven(configs[:1], 0, probed)(10**9) == 0  # type: ignore[arg-type]
+        assert probes.uneven_s(configs, 0, probed, rows) == 8 * looks + 4 * looks + half**2 / 8  # type: ignore[arg-type]
+    assert probes.uneven_s(configs[:1], 0, probed, 10**9) == 0  # type: ignore[arg-type]
 
 
 def workflow_of(chain: list[dict[str, object]]) -> Workflow:

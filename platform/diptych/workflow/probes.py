@@ -11,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -63,8 +63,8 @@ def foretold(phase: str, workflow: Workflow, dataset: PairDataset, rows: int) ->
             if not done:
                 _run(phase, trial, sample, folder / "first")
             seconds, made = _run(phase, trial, sample, folder / str(count))
-            done.append(Probe(len(sample), seconds, uneven(tried, workflow.seed, made)(len(sample)), used_bytes()))
-        further_s = uneven(configs, workflow.seed, made)(rows)
+            done.append(Probe(len(sample), seconds, uneven_s(tried, workflow.seed, made, len(sample)), used_bytes()))
+        further_s = uneven_s(configs, workflow.seed, made, rows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     counts = [probe.rows for probe in done]
@@ -80,27 +80,23 @@ def _further(counts: Sequence[int], values: Sequence[float], rows: int) -> float
     return values[-1] + slope * max(0, rows - counts[-1])
 
 
-def uneven(configs: Sequence[Config], seed: int, probed: PairDataset) -> Callable[[int], float]:
-    """Seconds, by the pairs that come in, of the work that does not grow in step with them, at the pace of this machine.
+def uneven_s(configs: Sequence[Config], seed: int, probed: PairDataset, rows: int) -> float:
+    """Seconds of the work that does not grow in step with the pairs, where `rows` come in, at the pace of this machine.
 
     Of a chain every method is taken to lose the share that it lost of the pairs that were probed.
     """
     ledger, reports = probed.manifest.ledger, probed.manifest.phase.report
-    share, counted = 1.0, set[str]()
-    parts: list[tuple[PairMethod, float, Labour]] = []
+    seconds, share, counted = 0.0, 1.0, set[str]()
     for position, config in enumerate(passes.steps_of(configs)):
         method: PairMethod = config.build(seed)  # type: ignore[attr-defined]
         name = str(config.plain().get("method", ""))
-        if any(method.labour(ledger.pairs_in)):
-            parts.append((method, share, _pace(int(reports[f"{position}-{name}"]["width"]))))
+        labour = method.labour(round(rows * share))
+        if any(labour):
+            pace = _pace(int(reports[f"{position}-{name}"]["width"]))
+            seconds += labour.looks * pace.looks + labour.products * pace.products
         if name not in counted:
             share -= sum(left.count for left in ledger.left if left.method == name) / max(1, ledger.pairs_in)
         counted.add(name)
-
-    def seconds(rows: int) -> float:
-        done = [(method.labour(round(rows * share)), pace) for method, share, pace in parts]
-        return sum(labour.looks * pace.looks + labour.products * pace.products for labour, pace in done)
-
     return seconds
 
 
