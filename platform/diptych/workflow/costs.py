@@ -149,7 +149,7 @@ def _ingest(workflow: Workflow) -> Cost:
         return Cost()
     share = read / len(parts)
     return Cost(
-        round(rows / share), None, seconds / share / min(len(parts), usable_cores()), probes.used_bytes(), round(size_bytes / share)
+        round(rows / share), None, seconds / share / min(len(parts), usable_cores()), phases.peak_memory_bytes(), round(size_bytes / share)
     )
 
 
@@ -218,7 +218,7 @@ def _training(workflow: Workflow, dataset: PairDataset) -> Cost:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     speed = section.workers * (SEVERAL_WORKERS if section.workers > 1 else 1.0)
-    return Cost(rows, steps, steps * step_s / speed, probes.used_bytes() * section.workers, model_bytes * (1 + CHECKPOINT_TIMES))
+    return Cost(rows, steps, steps * step_s / speed, phases.peak_memory_bytes() * section.workers, model_bytes * (1 + CHECKPOINT_TIMES))
 
 
 def _step_seconds(log: Path) -> float:
@@ -245,7 +245,7 @@ def _evaluation(workflow: Workflow, dataset: PairDataset) -> Cost:
         text_s = _seconds(lambda: encoder.encode_text(text_NL)) / len(text_NL)
     figures = len(plain) + (_trials(workflow) if workflow.sweep else 0)
     seconds = rows * (image_s + PICTURE_S) + figures * rows * text_s + EVALUATION_S
-    return Cost(rows, None, seconds, probes.used_bytes(), rows * 4 * int(encoder.config["embed_dim"]))
+    return Cost(rows, None, seconds, phases.peak_memory_bytes(), rows * 4 * int(encoder.config["embed_dim"]))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

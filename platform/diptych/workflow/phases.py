@@ -59,8 +59,13 @@ def run(phase: str, bench: Bench) -> Figures:
         **figures,
         "wall_s": round(time.monotonic() - started, 3),
         "driver_cpu_s": round(_processor_s() - processor, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _processor_s() -> float:

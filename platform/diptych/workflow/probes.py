@@ -7,7 +7,6 @@ taken off the probes and put on again for all pairs, at the pace of this machine
 
 from __future__ import annotations
 
-import resource
 import shutil
 import tempfile
 import time
@@ -63,7 +62,7 @@ def foretold(phase: str, workflow: Workflow, dataset: PairDataset, rows: int) ->
             if not done:
                 _run(phase, trial, sample, folder / "first")
             seconds, made = _run(phase, trial, sample, folder / str(count))
-            done.append(Probe(len(sample), seconds, uneven_s(tried, workflow.seed, made, len(sample)), used_bytes()))
+            done.append(Probe(len(sample), seconds, uneven_s(tried, workflow.seed, made, len(sample)), phases.peak_memory_bytes()))
         further_s = uneven_s(configs, workflow.seed, made, rows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,11 +125,6 @@ def _run(phase: str, workflow: Workflow, sample: PairDataset, folder: Path) -> t
         started = time.perf_counter()
         phases.run(phase, bench)
         return time.perf_counter() - started, PairDataset.open(folder / "out")
-
-
-def used_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def few(dataset: PairDataset, out: Path, rows: int) -> PairDataset:
